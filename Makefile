@@ -1,0 +1,42 @@
+# make          build ./server
+# make test     build and run all tests (also: make check)
+# make asan     the same tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make clean    remove what was built
+# make help     print these lines
+#
+# CXX, CXXFLAGS, CPPFLAGS, LDFLAGS and LDLIBS are yours: make CXX=clang++ CXXFLAGS=-Os
+CXX ?= g++
+CXXFLAGS ?= -O2 -g -Wall -Wextra -Wpedantic -Wshadow -Wconversion
+
+# What the code needs, whatever the flags above say.
+BUILD = $(CXX) -std=c++17 -fno-exceptions -fno-rtti $(CPPFLAGS) $(CXXFLAGS)
+SANITIZE = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+DOCTEST = -std=c++17 $(CPPFLAGS) $(CXXFLAGS)
+
+all: server
+
+server: server.cpp
+	$(BUILD) $(LDFLAGS) -o $@ server.cpp $(LDLIBS)
+
+test_server: test_server.cpp server.cpp
+	$(CXX) $(DOCTEST) $(LDFLAGS) -o $@ test_server.cpp $(LDLIBS)
+
+test check: server test_server
+	./test_server
+
+server-asan: server.cpp
+	$(BUILD) $(SANITIZE) $(LDFLAGS) -o $@ server.cpp $(LDLIBS)
+
+test_server-asan: test_server.cpp server.cpp
+	$(CXX) $(DOCTEST) $(SANITIZE) $(LDFLAGS) -o $@ test_server.cpp $(LDLIBS)
+
+asan: server-asan test_server-asan
+	SERVER=./server-asan ./test_server-asan
+
+clean:
+	rm -rf server server-asan test_server test_server-asan __pycache__
+
+help:
+	@sed -n '/^# make/s/^# //p' Makefile
+
+.PHONY: all test check asan clean help
