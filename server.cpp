@@ -727,7 +727,7 @@ Result<Address> parse_address(string_view text) {
     Address a;
     int64_t number = 0;
     if (text.substr(0, 5) == "fd://") {
-        if (!parse_number(text.substr(5), number) || number > INT_MAX) { return bad; }
+        if (!parse_number(text.substr(5), number) || number >= FD_SETSIZE) { return bad; }
         a.fd = static_cast<int>(number);
         return a;
     }
@@ -1672,7 +1672,7 @@ string exit_text(int status) {
 // ============================================================================
 enum class State { ReadHead, ReadBody, Ready, Run, Reply, Linger, Done };
 
-constexpr auto kPatience = 1ms;       // what a request waits for its own worker's runner
+constexpr auto kAcceptDelay = 10ms;   // how long a busy worker leaves connections to idle ones
 constexpr auto kKillDelay = 500ms;    // from asking a process to go to SIGKILL
 constexpr auto kLingerSilence = 2s, kLingerTotal = 10s;  // as nginx's lingering_close
 constexpr size_t kReplyMemory = size_t{1} << 20, kWorkerMemory = size_t{16} << 20;
@@ -1863,9 +1863,9 @@ private:
         }
         if (runner_.phase == Phase::Idle) { FD_SET(queue_.second.get(), &reads); }
         accepting_ = booted_ && now_ >= accept_again_;
-        if (accepting_ && runner_.phase == Phase::Busy && now_ < runner_.since + kPatience) {
-            accepting_ = false;  // an idle worker may take it first, and not all wake for one
-            until = std::min(until, runner_.since + kPatience);
+        if (accepting_ && runner_.phase == Phase::Busy && now_ < runner_.since + kAcceptDelay) {
+            accepting_ = false;  // or all would wake for one connection, and queue what none can run
+            until = std::min(until, runner_.since + kAcceptDelay);
         }
         for (const Listener& each : listeners_) {
             if (accepting_) { FD_SET(each.fd.get(), &reads); }
@@ -2128,7 +2128,7 @@ private:
         set_state(c, State::Ready);
         if (runner_.phase == Phase::Idle) { return dispatch(c); }
         ready_.push_back(&c);
-        next_pass_ = std::min(next_pass_, now_ + kPatience);
+        next_pass_ = std::min(next_pass_, now_ + 1ms);
     }
 
     /// Answers in the server's own name, whatever became of the request.
@@ -2199,7 +2199,8 @@ private:
         next_pass_ = Time::max();
         while (!ready_.empty()) {
             Connection& c = *ready_.front();
-            next_pass_ = c.pass.started + kPatience;
+            // As long as the runner gets through its requests quickly, waiting here is quicker.
+            next_pass_ = std::max(c.pass.started, std::min(runner_.since, c.pass.started + 9ms)) + 1ms;
             if (now_ < next_pass_) { return; }
             c.pass.stored = c.body.stored();
             c.pass.env_size = c.env.size();
@@ -2539,6 +2540,7 @@ struct WorkerInfo {
     Fd tmp;                      // its heartbeat file
     Time spawned, last_change;   // when, on our clock, we saw the heartbeat change
     struct timespec last_update {};
+    Time stop_by = Time::max();  // SIGKILL, once it has been told to stop
     bool booted = false, stopping = false, aborted = false;
 };
 
@@ -2610,14 +2612,14 @@ private:
 
     /// SIGTERM: workers finish what they have. SIGQUIT, also later: they leave at once.
     void halt(int number) {
-        const Clock::duration quick = 700ms, graceful = config_.graceful_timeout;
-        stop_by_ = std::min(stop_by_, now_ + (number == SIGQUIT ? quick : graceful));
         stopping_ = true;
         for (Listener& each : listeners_) { each.fd.reset(); }
         for (WorkerInfo& worker : workers_) { stop_worker(worker, number); }
     }
 
-    static void stop_worker(WorkerInfo& worker, int number) {
+    void stop_worker(WorkerInfo& worker, int number) const {
+        const Clock::duration quick = 700ms, graceful = config_.graceful_timeout;
+        worker.stop_by = std::min(worker.stop_by, now_ + (number == SIGQUIT ? quick : graceful));
         worker.stopping = true;
         ::kill(worker.pid, number);
     }
@@ -2656,7 +2658,7 @@ private:
         read_heartbeats();
         aborting_ = false;
         for (WorkerInfo& worker : workers_) {
-            if (stopping_ && now_ >= stop_by_) { ::kill(worker.pid, SIGKILL); }
+            if (now_ >= worker.stop_by) { ::kill(worker.pid, SIGKILL); }
             if (config_.timeout == 0s || now_ < worker.last_change + config_.timeout) { continue; }
             aborting_ = true;
             worker.last_change = now_ - config_.timeout + kKillDelay;
@@ -2761,7 +2763,7 @@ private:
     pid_t canary_ = -1;
     int failures_ = 0, status_ = 0;
     bool stopping_ = false, ever_booted_ = false, aborting_ = false;
-    Time now_ = Clock::now(), spawn_again_ = now_, stop_by_ = Time::max();
+    Time now_ = Clock::now(), spawn_again_ = now_;
     string reason_;
 };
 

@@ -54,7 +54,7 @@ string read_file(const string& path) {
 
 void write_file(const string& path, const string& text) {
     const Fd fd(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
-    REQUIRE(write_all(fd.get(), text));
+    REQUIRE(write_all(fd, text));
 }
 
 bool contains(const string& text, const string& part) { return text.find(part) != string::npos; }
@@ -375,6 +375,107 @@ TEST_CASE("a GET is answered") {
     CHECK(reply.status == 200);
     CHECK(reply.body == "hello\n");
 }
+// --- Flask and Django -----------------------------------------------------------------------
+
+constexpr const char* kFlask = R"py(
+import hashlib
+from flask import Flask, Response, request, send_file
+app = Flask(__name__)
+
+@app.route("/")
+def hello():
+    return "Hello from Flask"
+
+@app.route("/form", methods=["POST"])
+def form():
+    return "%s is %s" % (request.form["name"], request.form["colour"])
+
+@app.route("/upload", methods=["POST"])
+def upload():
+    return hashlib.sha256(request.files["file"].read()).hexdigest()
+
+@app.route("/stream")
+def stream():
+    return Response(("line %d\n" % i for i in range(1000)), mimetype="text/plain")
+
+@app.route("/file")
+def file():
+    return send_file("/usr/bin/python3", mimetype="application/octet-stream")
+)py";
+
+constexpr const char* kDjango = R"py(
+import hashlib
+from django.conf import settings
+settings.configure(DEBUG=False, ALLOWED_HOSTS=["*"], ROOT_URLCONF=__name__, SECRET_KEY="k",
+                   DATA_UPLOAD_MAX_MEMORY_SIZE=10**8)
+from django.core.wsgi import get_wsgi_application
+from django.http import FileResponse, HttpResponse, StreamingHttpResponse
+from django.urls import path
+
+def hello(request):
+    return HttpResponse("Hello from Django")
+
+def form(request):
+    return HttpResponse("%s is %s" % (request.POST["name"], request.POST["colour"]))
+
+def upload(request):
+    return HttpResponse(hashlib.sha256(request.FILES["file"].read()).hexdigest())
+
+def stream(request):
+    return StreamingHttpResponse("line %d\n" % i for i in range(1000))
+
+def file(request):
+    return FileResponse(open("/usr/bin/python3", "rb"))
+
+urlpatterns = [path("", hello), path("form", form), path("upload", upload),
+               path("stream", stream), path("file", file)]
+app = get_wsgi_application()
+)py";
+
+/// What a shell command prints, without the last line break.
+string output_of(const string& command) {
+    const std::unique_ptr<FILE, int (*)(FILE*)> pipe(::popen(command.c_str(), "r"), ::pclose);
+    string text;
+    char buffer[4096];
+    while (const size_t n = std::fread(buffer, 1, sizeof buffer, pipe.get())) {
+        text.append(buffer, n);
+    }
+    while (!text.empty() && text.back() == '\n') { text.pop_back(); }
+    return text;
+}
+
+TEST_CASE("Flask and Django applications run under two workers") {
+    const std::pair<const char*, const char*> frameworks[] = {{"Flask", kFlask},
+                                                              {"Django", kDjango}};
+    for (const auto& [name, source] : frameworks) {
+        CAPTURE(name);
+        const Server server(source, {"-w", "2", "-k", "sync"});
+        CHECK(get(server).body == string("Hello from ") + name);
+
+        const string form = "name=Ada+Lovelace&colour=blue";
+        const Reply posted = request(
+            server.port(), "POST /form HTTP/1.1\r\nHost: x\r\nContent-Type: "
+                           "application/x-www-form-urlencoded\r\nContent-Length: " +
+                               to_string(form.size()) + "\r\n\r\n" + form);
+        CHECK(posted.body == "Ada Lovelace is blue");
+
+        string upload(5'000'000, '\0');
+        for (size_t i = 0; i < upload.size(); ++i) { upload[i] = static_cast<char>(i * i >> 7); }
+        write_file(server.dir.path + "/upload", upload);
+        const string url = "http://127.0.0.1:" + to_string(server.port());
+        CHECK(output_of("curl -s -F file=@" + server.dir.path + "/upload " + url + "/upload") ==
+              output_of("sha256sum < " + server.dir.path + "/upload | cut -d' ' -f1"));
+
+        const Reply streamed = get(server, "/stream");
+        CHECK(streamed.whole);
+        CHECK(count(streamed.body, "\n") == 1000);
+
+        const Reply file = get(server, "/file");
+        CHECK(file.whole);
+        CHECK(file.body == read_file("/usr/bin/python3"));
+    }
+}
+
 
 }  // namespace test
 
