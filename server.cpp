@@ -60,6 +60,8 @@
 #include <utility>
 #include <vector>
 
+extern char** environ;
+
 namespace {
 
 // ============================================================================
@@ -234,6 +236,7 @@ public:
     /// memory all the same, and failed() says so.
     void append(string_view data, size_t limit) {
         if (stored() == 0 && tail_.empty() && memory() + data.size() <= limit) {
+            if (offset_ > kPiece) { memory_.erase(0, std::exchange(offset_, 0)); }
             memory_ += data;
         } else if (!tail_.empty() || !store(data)) {
             tail_ += data;
@@ -380,12 +383,12 @@ Error set(Config& config, string_view text) {
     else if constexpr (std::is_same_v<T, Strings>) { (config.*Member).emplace_back(text); }
     else if constexpr (std::is_same_v<T, bool>) { config.*Member = true; }
     else {
-        const bool negative = text.substr(0, 1) == "-";
-        int64_t number = 0;
-        if (!parse_number(text.substr(negative ? 1 : 0), number)) {
+        const string_view digits = text.substr(text.substr(0, 1) == "-" ? 1 : 0);
+        if (digits.empty() || !std::all_of(digits.begin(), digits.end(), is_digit)) {
             return {2, "'" + string(text) + "' is not a whole number"};
         }
-        if (negative || number < Low || number > High) {
+        int64_t number = 0;
+        if (!parse_number(text, number) || number < Low || number > High) {
             return {1, string(text) + " is not in " + to_string(Low) + " to " + to_string(High)};
         }
         config.*Member = T(number);
@@ -566,7 +569,7 @@ void print_config(const Config& config) {
 enum class Level { Debug, Info, Warning, Error, Critical };
 
 struct Logger {
-    Fd error_file{STDERR_FILENO}, access_file;
+    Fd error_file, access_file;
     Level level = Level::Info;
 };
 Logger g_log;
@@ -676,7 +679,7 @@ string access_atom(string_view name, const Access& a) {
         return shown(lookup(a.env, name.back() == 'i' ? environ_name(key) : string(key)));
     }
     switch (name.size() == 1 ? name.front() : '\0') {
-        case 'h': return shown(a.peer);
+        case 'h': return escape(a.peer);
         case 'u': return shown(basic_user(lookup(a.env, "HTTP_AUTHORIZATION")));
         case 't': return local_time("[%d/%b/%Y:%H:%M:%S %z]");
         case 'r': return shown(a.line);
@@ -753,6 +756,7 @@ struct Listener {
     string text, path;      // as in the log: http://127.0.0.1:8000; of a unix socket, to remove
     string host, port;      // SERVER_NAME and SERVER_PORT; empty on a unix socket
     bool wildcard = false;  // bound to all addresses: each connection has its own
+    ino_t inode = 0;        // of the path, while it is ours
 };
 
 /// The numeric host and port of a socket address; both empty for a unix socket.
@@ -825,8 +829,20 @@ Result<Listener> bind_unix(const Address& address, int backlog) {
         return os_error("cannot listen on unix:" + address.path);
     }
     Result<Listener> made = describe(std::move(fd));
+    struct stat info {};
+    ::lstat(address.path.c_str(), &info);
     made.value.path = address.path;
+    made.value.inode = info.st_ino;
     return made;
+}
+
+/// Removes the unix sockets that are still ours.
+void unlink_sockets(const std::vector<Listener>& listeners) {
+    for (const Listener& each : listeners) {
+        struct stat info {};
+        if (each.path.empty() || ::lstat(each.path.c_str(), &info) < 0) { continue; }
+        if (info.st_ino == each.inode) { ::unlink(each.path.c_str()); }
+    }
 }
 
 /// Binds one address and listens.
@@ -920,8 +936,10 @@ bool is_host(string_view text) {
     for (size_t i = 0; i < name.size(); ++i) {
         if (name[i] == '%' && percent_byte(name, i) < 0) { return false; }
     }
-    return is_made_of(name, literal ? ":-._~!$&'()*+,;=" : "%-._~!$&'()*+,;=") &&
-           (!literal || !name.empty()) && (port.empty() || port.front() == ':') &&
+    in6_addr v6;
+    return (literal ? ::inet_pton(AF_INET6, string(name).c_str(), &v6) == 1
+                    : is_made_of(name, "%-._~!$&'()*+,;=")) &&
+           (port.empty() || port.front() == ':') &&
            std::all_of(port.begin() + (port.empty() ? 0 : 1), port.end(), is_digit);
 }
 
@@ -1147,9 +1165,8 @@ private:
         if (part_ == Part::DataEnd) {
             part_ = Part::Size;
         } else if (part_ == Part::Size) {
-            const bool extended = line.find(';') != string::npos;
-            const string_view digits = cut(line, ';');
-            const string_view size = extended ? trim(digits) : digits;
+            string_view size = line.substr(0, line.find(';'));
+            if (size.size() < line.size()) { size = size.substr(0, size.find_last_not_of(" \t") + 1); }
             if (size.size() > 16 || !is_field_value(line) || !parse_number(size, left_, 16)) {
                 return {400, "not a chunk size"};
             }
@@ -1175,10 +1192,10 @@ private:
 
 /// Where a connection came in: SERVER_NAME, SERVER_PORT, REMOTE_ADDR, REMOTE_PORT.
 struct Endpoints {
-    string server, server_port, peer, peer_port;
+    string server, server_port, peer, peer_port;  // all empty on a unix socket
 };
 
-/// The environ block of PEP 3333, but for CONTENT_LENGTH: NAME NUL value NUL …
+/// The environ block, NAME NUL value NUL …, CONTENT_LENGTH first (PEP 3333, SCGI).
 string make_environ(const Request& r, const Endpoints& ends) {
     const char* script = std::getenv("SCRIPT_NAME");
     string_view prefix = script != nullptr ? script : "", path = r.path;
@@ -1186,10 +1203,19 @@ string make_environ(const Request& r, const Endpoints& ends) {
         (path.size() > prefix.size() && path[prefix.size()] != '/')) {
         prefix = {};  // the request is not below it: the two together must give its path
     }
+    string_view server = ends.server, port = ends.server_port;
+    const auto host = std::find_if(r.fields.begin(), r.fields.end(),
+                                   [](const auto& field) { return field.first == "HTTP_HOST"; });
+    if (server.empty() && host != r.fields.end()) {
+        const size_t colon = host->second.find(':', host->second.rfind(']') + 1);
+        server = string_view(host->second).substr(0, colon);
+        port = string_view(host->second).substr(std::min(server.size() + 1, host->second.size()));
+    }
     string block;
     const auto add = [&block](string_view name, string_view value) {
         (((block += name) += '\0') += value) += '\0';
     };
+    add("CONTENT_LENGTH", r.length < 0 ? "" : to_string(r.length));
     add("REQUEST_METHOD", r.method);
     add("SCRIPT_NAME", prefix);
     add("PATH_INFO", path.substr(prefix.size()));
@@ -1197,8 +1223,8 @@ string make_environ(const Request& r, const Endpoints& ends) {
     add("RAW_URI", r.target);
     add("REQUEST_URI", r.target);
     add("SERVER_PROTOCOL", r.minor > 0 ? "HTTP/1.1" : "HTTP/1.0");
-    add("SERVER_NAME", ends.server);
-    add("SERVER_PORT", ends.server_port);
+    add("SERVER_NAME", server);
+    add("SERVER_PORT", port.empty() ? "80" : port);
     add("REMOTE_ADDR", ends.peer);
     add("REMOTE_PORT", ends.peer_port);
     for (const auto& [name, value] : r.fields) {
@@ -1605,9 +1631,10 @@ string python_literal(string_view text) {
     ::dup2(pipes.first.get(), STDIN_FILENO);
     ::dup2(pipes.second.get(), STDOUT_FILENO);
     ::dup2(g_log.error_file.get(), STDERR_FILENO);
-    for (const char* name : {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET",
-                             "WATCHDOG_PID", "WATCHDOG_USEC"}) {
-        ::unsetenv(name);
+    for (char** entry = environ; *entry != nullptr;) {  // what is between systemd and the server
+        const string name = string(*entry).substr(0, string_view(*entry).find('='));
+        const bool ours = name.find("LISTEN_") == 0 || name.find("WATCHDOG_") == 0;
+        ours || name == "NOTIFY_SOCKET" ? void(::unsetenv(name.c_str())) : void(++entry);
     }
     struct rlimit limit {};
     ::getrlimit(RLIMIT_NOFILE, &limit);
@@ -1680,10 +1707,9 @@ constexpr size_t kReplyMemory = size_t{1} << 20, kWorkerMemory = size_t{16} << 2
 /// The part of a connection that goes through the ready queue as it is.
 struct Passport {
     Time accepted, started;          // connected; the request was complete
-    int64_t length = -1;             // of the body; -1: CONTENT_LENGTH stays empty
     int64_t stored = 0;              // bytes of the body that are in a file
     size_t env_size = 0;
-    int minor = 1;                   // HTTP/1.minor
+    int minor = 0;                   // HTTP/1.minor
     bool bodyless = false;           // HEAD, 204, 304: the response has no body
     bool more = false, eof = false;  // the client sent more than its request; half-closed
 };
@@ -1824,7 +1850,7 @@ private:
 
     /// Whether a runner is still wanted.
     bool has_work() const {
-        return !quick_ && (!stopping_ || connected_ > 0 || !queue_is_empty());
+        return !quick_ && (!stopping_ || connected_ > 0 || !(dismissed_ || queue_is_empty()));
     }
 
     void handle_signals() {
@@ -1900,6 +1926,7 @@ private:
         if (now_ >= next_notify_) { notify(); }
         if (now_ >= next_tick_) { tick(); }
         if (runner_.to && !has_work()) {  // it leaves as any Python program does, or is killed
+            dismissed_ = true;
             runner_.to.reset();
             runner_.phase = Phase::Dying;
             kill_runner_after(quick_    ? Clock::duration(kKillDelay / 2)
@@ -2087,11 +2114,10 @@ private:
         const Request request = std::move(c.request);
         c.env = make_environ(request, c.ends);
         c.in.erase(0, c.parser.size());
-        c.pass.length = request.length;
         c.reader.start(request);
         set_state(c, State::ReadBody);
-        if (request.expect_continue && c.in.empty() && (request.chunked || request.length > 0) &&
-            !too_large(request.length)) {
+        if (too_large(request.length)) { return refuse(c, {413, "the body is too large"}); }
+        if (request.expect_continue && c.in.empty() && (request.chunked || request.length > 0)) {
             c.out.append("HTTP/1.1 100 Continue\r\n\r\n", kReplyMemory);
             flush(c);
         }
@@ -2105,7 +2131,6 @@ private:
     void read_body(Connection& c) {
         string_view in = c.in, piece;
         Parse parsed = Parse::NeedMore;
-        if (too_large(c.pass.length)) { return refuse(c, {413, "the body is too large"}); }
         do {
             parsed = c.reader.next(in, piece);
             c.body.append(piece, kPiece);
@@ -2121,7 +2146,7 @@ private:
 
     /// The request is complete: it runs at once, or waits, here for a moment or in the queue.
     void ready(Connection& c) {
-        if (c.reader.chunked()) { c.pass.length = c.body.size(); }
+        if (c.reader.chunked()) { c.env.insert(sizeof "CONTENT_LENGTH", to_string(c.body.size())); }
         c.pass.more = !c.in.empty();
         c.in = string();
         c.pass.started = now_;
@@ -2197,8 +2222,8 @@ private:
     /// A head too large for a datagram stays, and waits for the runner of this worker.
     void pass_on() {
         next_pass_ = Time::max();
-        while (!ready_.empty()) {
-            Connection& c = *ready_.front();
+        for (size_t i = 0; i < ready_.size();) {
+            Connection& c = *ready_[i];
             // As long as the runner gets through its requests quickly, waiting here is quicker.
             next_pass_ = std::max(c.pass.started, std::min(runner_.since, c.pass.started + 9ms)) + 1ms;
             if (now_ < next_pass_) { return; }
@@ -2210,10 +2235,14 @@ private:
             std::vector<int> fds{c.socket.get()};
             if (c.pass.stored > 0) { fds.push_back(c.body.file().get()); }
             next_pass_ = now_ + 10ms;
-            if (!send_message(queue_.first.get(), message, fds)) { return; }
-            next_pass_ = Time::max();
-            set_state(c, State::Done);
-            settle(c);
+            if (send_message(queue_.first.get(), message, fds)) {
+                set_state(c, State::Done);
+                settle(c);
+            } else if (errno == EMSGSIZE) {
+                ++i;
+            } else {
+                return;
+            }
         }
     }
 
@@ -2261,10 +2290,7 @@ private:
 
     void dispatch(Connection& c) {
         set_state(c, State::Run);
-        string env("CONTENT_LENGTH", 15);
-        if (c.pass.length >= 0) { env += to_string(c.pass.length); }
-        (env += '\0') += c.env;
-        runner_.outgoing = to_string(env.size()) + ":" + env + ",";
+        runner_.outgoing = to_string(c.env.size()) + ":" + c.env + ",";
         runner_.body = std::move(c.body);
         if (runner_.body.memory() > 0) {
             const string_view part = runner_.body.front();
@@ -2521,6 +2547,7 @@ private:
     std::deque<Connection*> ready_;                        // complete, waiting here for a runner
     int connected_ = 0, failures_ = 0, status_ = 0, max_fd_ = 0;
     bool booted_ = false, stopping_ = false, quick_ = false, accepting_ = false, spinner_ = false;
+    bool dismissed_ = false;  // the last runner was told to leave
     size_t reply_memory_ = 0;
     fd_set reads_, writes_;  // what select() watches for the connections
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
@@ -2566,16 +2593,14 @@ public:
             wait_ready(g_self_pipe.first.get(), reads, writes,
                        std::min(now_ + soon, std::max(spawn_again_, now_ + 10ms)));
             const Time before = std::exchange(now_, Clock::now());
-            if (now_ > before + 3s) {  // we were stopped: silence of the workers proves nothing
+            if (now_ > before + 1500ms) {  // we were stopped: silence of the workers proves nothing
                 for (WorkerInfo& worker : workers_) { worker.last_change = now_; }
             }
             for (int number; (number = next_signal()) >= 0;) { handle_signal(number); }
             reap_workers();
             murder_workers();
         }
-        for (const Listener& each : listeners_) {
-            if (!each.path.empty()) { ::unlink(each.path.c_str()); }
-        }
+        unlink_sockets(listeners_);
         log(Level::Info, "Shutting down: Master");
         if (!reason_.empty()) { log(Level::Error, "Reason: %s", reason_.c_str()); }
         return status_;
@@ -2833,6 +2858,7 @@ int main(int argc, char** argv) {
         fd = ::open("/dev/null", O_RDWR | (fd > 0 ? O_CLOEXEC : 0));
         if (fd > STDERR_FILENO) { ::close(fd); }
     }
+    g_log.error_file.reset(::fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3));
     Config config;
     std::vector<Listener> listeners;
     rlim_t files = 0;
@@ -2842,7 +2868,10 @@ int main(int argc, char** argv) {
     if (!error && config.print_config) { return print_config(config), 0; }
     if (!error) { error = apply(config, files); }
     if (!error) { error = bind_all(config, listeners); }
-    if (error) { return std::fprintf(stderr, "Error: %s\n", error.text.c_str()), error.code; }
+    if (error) {
+        unlink_sockets(listeners);
+        return std::fprintf(stderr, "Error: %s\n", error.text.c_str()), error.code;
+    }
     if (config.check_config) { return check_app(config, files); }
     return Arbiter(config, std::move(listeners), files).run();
 }
