@@ -816,23 +816,44 @@ Error clear_path(const string& path, const sockaddr_un& name) {
     return {};
 }
 
-Result<Listener> bind_unix(const Address& address, int backlog) {
-    sockaddr_un name{};
-    name.sun_family = AF_UNIX;
-    address.path.copy(name.sun_path, sizeof name.sun_path - 1);
-    if (Error error = clear_path(address.path, name)) { return error; }
-    Fd fd(::socket(AF_UNIX, SOCK_STREAM, 0));
-    const mode_t mask = ::umask(0);  // gunicorn's default: anyone may connect
-    const int bound = ::bind(fd.get(), reinterpret_cast<sockaddr*>(&name), sizeof name);
-    ::umask(mask);
-    if (bound < 0 || ::listen(fd.get(), backlog) < 0) {
-        return os_error("cannot listen on unix:" + address.path);
+/// Binds one address and listens.
+Result<Listener> bind_address(const Address& address, int backlog) {
+    if (address.fd >= 0) { return describe(Fd(address.fd)); }
+    const bool tcp = address.path.empty();
+    const string text = "cannot listen on " +
+                        (tcp ? address.host + ":" + address.port : "unix:" + address.path);
+    sockaddr_storage name{};
+    socklen_t size = sizeof(sockaddr_un);
+    if (tcp) {
+        struct addrinfo hints {}, *found = nullptr;
+        hints.ai_family = address.v6 ? AF_INET6 : AF_INET;
+        hints.ai_socktype = SOCK_STREAM;
+        hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
+        const char* host = address.host.empty() ? nullptr : address.host.c_str();
+        const int problem = ::getaddrinfo(host, address.port.c_str(), &hints, &found);
+        if (problem != 0) { return Error{1, text + ": " + ::gai_strerror(problem)}; }
+        std::memcpy(&name, found->ai_addr, size = found->ai_addrlen);
+        ::freeaddrinfo(found);
+    } else {
+        auto& unix_name = reinterpret_cast<sockaddr_un&>(name);
+        unix_name.sun_family = AF_UNIX;
+        address.path.copy(unix_name.sun_path, sizeof unix_name.sun_path - 1);
+        if (Error error = clear_path(address.path, unix_name)) { return error; }
     }
+    Fd fd(::socket(name.ss_family, SOCK_STREAM, 0));
+    const int on = 1;
+    ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    if (address.v6) { ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on); }
+    const mode_t mask = ::umask(0);  // gunicorn's default: anyone may connect to a unix socket
+    const int bound = ::bind(fd.get(), reinterpret_cast<sockaddr*>(&name), size);
+    ::umask(mask);
+    if (bound < 0 || ::listen(fd.get(), backlog) < 0) { return os_error(text); }
     Result<Listener> made = describe(std::move(fd));
     struct stat info {};
-    ::lstat(address.path.c_str(), &info);
-    made.value.path = address.path;
-    made.value.inode = info.st_ino;
+    if (!tcp && ::lstat(address.path.c_str(), &info) == 0) {
+        made.value.path = address.path;
+        made.value.inode = info.st_ino;
+    }
     return made;
 }
 
@@ -843,30 +864,6 @@ void unlink_sockets(const std::vector<Listener>& listeners) {
         if (each.path.empty() || ::lstat(each.path.c_str(), &info) < 0) { continue; }
         if (info.st_ino == each.inode) { ::unlink(each.path.c_str()); }
     }
-}
-
-/// Binds one address and listens.
-Result<Listener> bind_address(const Address& address, int backlog) {
-    if (!address.path.empty()) { return bind_unix(address, backlog); }
-    if (address.fd >= 0) { return describe(Fd(address.fd)); }
-    const string text = "cannot listen on " + address.host + ":" + address.port;
-    struct addrinfo hints {}, *found = nullptr;
-    hints.ai_family = address.v6 ? AF_INET6 : AF_INET;
-    hints.ai_socktype = SOCK_STREAM;
-    hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
-    const int problem = ::getaddrinfo(address.host.empty() ? nullptr : address.host.c_str(),
-                                      address.port.c_str(), &hints, &found);
-    if (problem != 0) { return Error{1, text + ": " + ::gai_strerror(problem)}; }
-    const std::unique_ptr<addrinfo, void (*)(addrinfo*)> owner(found, ::freeaddrinfo);
-    const int on = 1;
-    Fd fd(::socket(found->ai_family, SOCK_STREAM, 0));
-    ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    if (address.v6) { ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on); }
-    if (::bind(fd.get(), found->ai_addr, found->ai_addrlen) < 0 ||
-        ::listen(fd.get(), backlog) < 0) {
-        return os_error(text);
-    }
-    return describe(std::move(fd));
 }
 
 // ============================================================================
@@ -1123,7 +1120,7 @@ public:
         piece = {};
         while (!error_ && part_ != Part::End) {
             if (part_ == Part::Data) {
-                piece = in.substr(0, static_cast<size_t>(left_));
+                piece = in.substr(0, static_cast<size_t>(std::min<int64_t>(left_, INT_MAX)));
                 in.remove_prefix(piece.size());
                 left_ -= static_cast<int64_t>(piece.size());
                 if (left_ == 0) { part_ = chunked_ ? Part::DataEnd : Part::End; }
@@ -2755,10 +2752,7 @@ private:
 
     /// Forks one worker; its pid, or -1. The child leaves by _exit: nothing of the arbiter's runs.
     pid_t spawn_worker(int generation) {
-        const bool shm = ::access("/dev/shm", W_OK | X_OK) == 0;
-        Result<Fd> tmp = make_temp_file(!config_.worker_tmp_dir.empty() ? config_.worker_tmp_dir
-                                        : shm                           ? "/dev/shm"
-                                                                        : temp_dir());
+        Result<Fd> tmp = make_temp_file(config_.worker_tmp_dir);
         block_signals(true);
         const pid_t pid = tmp.error ? -1 : ::fork();
         if (pid == 0) {
@@ -2813,6 +2807,11 @@ Error apply(Config& config, rlim_t& files) {
     ::setrlimit(RLIMIT_NOFILE, &limit);
     const int others = 20 + static_cast<int>(config.bind.size());  // that select() sees
     const int most = static_cast<int>(std::min<rlim_t>(limit.rlim_cur, FD_SETSIZE)) - others;
+    if (config.worker_tmp_dir.empty()) {  // a disk that stalls must not look like a dead worker
+        const bool shm = ::access("/dev/shm", W_OK | X_OK) == 0;
+        config.worker_tmp_dir = shm ? "/dev/shm" : temp_dir();
+    }
+    if (Error error = make_temp_file(config.worker_tmp_dir).error) { return error; }
     if (Error error = open_logs(config)) { return error; }
     if (config.worker_connections > most) {
         log(Level::Warning, "--worker-connections lowered from %d to %d, which is what fits",

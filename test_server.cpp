@@ -369,12 +369,4917 @@ def app(environ, start_response):
     return [b"hello\n"]
 )py";
 
-TEST_CASE("a GET is answered") {
-    const Server server(kHello);
+// --- unit tests: bytes to meaning -------------------------------------------
+
+using namespace std::string_literals;
+using namespace std::string_view_literals;
+using std::set;
+
+/// A copy that fills a heap block of its own, so that ASan sees a read past either end.
+struct Exact {
+    std::unique_ptr<char[]> bytes;
+    size_t size;
+    explicit Exact(string_view text) : bytes(new char[text.size()]), size(text.size()) {
+        std::copy(text.begin(), text.end(), bytes.get());
+    }
+    string_view view() const { return {bytes.get(), size}; }
+};
+
+/// Sets (nullptr: removes) a variable of the environment, and puts it back at the end.
+struct SetEnv {
+    string name, old;
+    bool was_set;
+    SetEnv(const char* variable, const char* value) : name(variable) {
+        const char* before = std::getenv(variable);
+        was_set = before != nullptr;
+        old = was_set ? before : "";
+        value != nullptr ? ::setenv(variable, value, 1) : ::unsetenv(variable);
+    }
+    ~SetEnv() { was_set ? ::setenv(name.c_str(), old.c_str(), 1) : ::unsetenv(name.c_str()); }
+};
+
+/// Numbers that look random and are the same in every run.
+struct Random {
+    uint32_t state = 1;
+    size_t below(size_t limit) {
+        state = state * 1664525U + 1013904223U;
+        return (state >> 8) % limit;
+    }
+};
+
+/// How far to go at a time for "byte by byte"; very long input takes 256 steps.
+size_t small_step(size_t size) { return size < 4000 ? 1 : size / 256; }
+
+constexpr int kWantsMore = -1;  // the outcome of input that ends too early
+
+struct Outcome {
+    int status;      // 0: understood; an HTTP status; kWantsMore
+    string meaning;  // of what was understood
+    size_t used;     // bytes that it took
+    bool operator==(const Outcome& other) const {
+        return status == other.status && meaning == other.meaning && used == other.used;
+    }
+};
+
+/// METHOD|PATH|QUERY|PROTOCOL|fields…|length=N|chunked|expect
+string meaning_of(const Request& request) {
+    const string block = make_environ(request, Endpoints{});
+    const auto value = [&](const char* name) { return string(lookup(block, name)); };
+    string text = value("REQUEST_METHOD") + "|" + value("PATH_INFO") + "|" + value("QUERY_STRING") +
+                  "|" + value("SERVER_PROTOCOL");
+    for (string_view rest = block; !rest.empty();) {
+        const string name(cut(rest, '\0')), content(cut(rest, '\0'));
+        if (name.compare(0, 5, "HTTP_") == 0 || name == "CONTENT_TYPE") {
+            text += "|" + name + "=" + content;
+        }
+    }
+    if (request.length >= 0) { text += "|length=" + to_string(request.length); }
+    return text + (request.chunked ? "|chunked" : "") + (request.expect_continue ? "|expect" : "");
+}
+
+/// Parses a head that arrives `step` bytes at a time, each time at another address.
+Outcome parse_head(string_view bytes, const Config& config, size_t step) {
+    HeadParser parser(config);
+    Request request;
+    for (size_t end = std::min(step, bytes.size());; end = std::min(end + step, bytes.size())) {
+        const Exact block(bytes.substr(0, end));
+        const Parse parsed = parser.parse(block.view(), request);
+        if (parsed == Parse::Bad) { return {parser.error().code, "", 0}; }
+        if (parsed == Parse::Done) { return {0, meaning_of(request), parser.size()}; }
+        if (end == bytes.size()) { return {kWantsMore, "", 0}; }
+    }
+}
+
+/// The outcome of the whole head at once, which must be the one of the head byte by byte.
+Outcome parse_head(string_view bytes, const Config& config = {}) {
+    const Outcome whole = parse_head(bytes, config, bytes.size());
+    const Outcome slow = parse_head(bytes, config, small_step(bytes.size()));
+    CHECK(whole.status == slow.status);
+    CHECK(whole.meaning == slow.meaning);
+    CHECK(whole.used == slow.used);
+    return whole;
+}
+
+struct HeadCase {
+    string title;
+    string bytes;  // of a head, or what helps to make one
+    int status;
+    string meaning = "";
+};
+
+TEST_CASE("a request line is understood as RFC 9112 says, or refused") {
+    const HeadCase cases[] = {
+        {"a plain GET", "GET / HTTP/1.1", 0, "GET|/||HTTP/1.1"},
+        {"HTTP/1.0", "GET / HTTP/1.0", 0, "GET|/||HTTP/1.0"},
+        {"HTTP/1.2 is served as 1.1", "GET / HTTP/1.2", 0, "GET|/||HTTP/1.1"},
+        {"HTTP/1.9 is served as 1.1", "GET / HTTP/1.9", 0, "GET|/||HTTP/1.1"},
+        {"HTTP/2 without a minor version", "GET / HTTP/2", 505},
+        {"HTTP/2.0", "GET / HTTP/2.0", 505},
+        {"the preface of HTTP/2", "PRI * HTTP/2.0", 505},
+        {"HTTP/0.9 with a version", "GET / HTTP/0.9", 505},
+        {"HTTP/3.1", "GET / HTTP/3.1", 505},
+        {"no version", "GET /", 400},
+        {"no version but a blank", "GET / ", 400},
+        {"an empty version", "GET / HTTP/", 400},
+        {"a version of another protocol", "GET / ICAP/1.1", 400},
+        {"a version in lower case", "GET / http/1.1", 400},
+        {"a version of letters", "GET / HTTP/x.y", 400},
+        {"a version with a letter behind", "GET / HTTP/1.1a", 400},
+        {"a version with a sign", "GET / HTTP/+1.1", 400},
+        {"a minor version with a sign", "GET / HTTP/1.-1", 400},
+        {"no minor version", "GET / HTTP/1.", 400},
+        {"a blank after the version", "GET / HTTP/1.1 ", 400},
+        {"a fourth word", "GET / HTTP/1.1 x", 400},
+        {"two blanks after the method", "GET  / HTTP/1.1", 400},
+        {"two blanks after the target", "GET /  HTTP/1.1", 400},
+        {"a blank first", " GET / HTTP/1.1", 400},
+        {"a tab for a blank", "GET\t/\tHTTP/1.1", 400},
+        {"a blank within the target", "GET /a b HTTP/1.1", 400},
+        {"only a method", "GET", 400},
+        {"a method of 3 characters", "PUT / HTTP/1.1", 0, "PUT|/||HTTP/1.1"},
+        {"a method of 2 characters", "GE / HTTP/1.1", 400},
+        {"a method of 20 characters", "ABCDEFGHIJKLMNOPQRST / HTTP/1.1", 0,
+         "ABCDEFGHIJKLMNOPQRST|/||HTTP/1.1"},
+        {"a method of 21 characters", "ABCDEFGHIJKLMNOPQRSTU / HTTP/1.1", 400},
+        {"a method in lower case", "get / HTTP/1.1", 400},
+        {"a method with one lower-case letter", "GeT / HTTP/1.1", 400},
+        {"a method of other token characters", "M-SEARCH!#1 / HTTP/1.1", 0,
+         "M-SEARCH!#1|/||HTTP/1.1"},
+        {"a method that is no token", "GET( / HTTP/1.1", 400},
+        {"a method with NUL", "GE\0T / HTTP/1.1"s, 400},
+        {"a method with a byte above ASCII", "GET\xe9 / HTTP/1.1", 400},
+        {"the start of a TLS handshake", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc"s, 400},
+        {"CONNECT", "CONNECT example.org:443 HTTP/1.1", 501},
+        {"CONNECT with an origin form", "CONNECT / HTTP/1.1", 501},
+        {"* with OPTIONS", "OPTIONS * HTTP/1.1", 0, "OPTIONS|*||HTTP/1.1"},
+        {"* with GET", "GET * HTTP/1.1", 400},
+        {"* and more", "OPTIONS *x HTTP/1.1", 400},
+        {"a query", "GET /a?b=c&d=%20?e HTTP/1.1", 0, "GET|/a|b=c&d=%20?e|HTTP/1.1"},
+        {"an empty query", "GET /a? HTTP/1.1", 0, "GET|/a||HTTP/1.1"},
+        {"a fragment is cut from the query", "GET /a?b#c HTTP/1.1", 0, "GET|/a|b|HTTP/1.1"},
+        {"a fragment is cut from the path", "GET /a#b?c HTTP/1.1", 0, "GET|/a||HTTP/1.1"},
+        {"two slashes first are a path", "GET //h/x HTTP/1.1", 0, "GET|//h/x||HTTP/1.1"},
+        {"dots are left alone", "GET /../a/./b HTTP/1.1", 0, "GET|/../a/./b||HTTP/1.1"},
+        {"escapes in the path", "GET /%41%2f%C3%a9 HTTP/1.1", 0, "GET|/A/\xc3\xa9||HTTP/1.1"},
+        {"escapes of ? and # in the path", "GET /%3f%23 HTTP/1.1", 0, "GET|/?#||HTTP/1.1"},
+        {"an escape is decoded once", "GET /%2541 HTTP/1.1", 0, "GET|/%41||HTTP/1.1"},
+        {"escapes in the query stay", "GET /?%41%00 HTTP/1.1", 0, "GET|/|%41%00|HTTP/1.1"},
+        {"malformed escapes stay", "GET /%4g%%4%zz%1 HTTP/1.1", 0, "GET|/%4g%%4%zz%1||HTTP/1.1"},
+        {"a plus sign stays", "GET /a+b HTTP/1.1", 0, "GET|/a+b||HTTP/1.1"},
+        {"%00 in the path", "GET /a%00b HTTP/1.1", 400},
+        {"NUL in the path", "GET /a\0b HTTP/1.1"s, 400},
+        {"NUL in the query", "GET /?\0 HTTP/1.1"s, 400},
+        {"a control character in the target", "GET /\x01 HTTP/1.1", 400},
+        {"ESC in the target", "GET /\x1b[31m HTTP/1.1", 400},
+        {"DEL in the target", "GET /\x7f HTTP/1.1", 400},
+        {"a tab in the target", "GET /a\tb HTTP/1.1", 400},
+        {"a lone CR in the target", "GET /a\rb HTTP/1.1", 400},
+        {"bytes above ASCII in the target", "GET /\xff\xe9?\x80 HTTP/1.1", 0,
+         "GET|/\xff\xe9|\x80|HTTP/1.1"},
+        {"absolute form", "GET http://h:81/a?b HTTP/1.1", 0, "GET|/a|b|HTTP/1.1|HTTP_HOST=h:81"},
+        {"absolute form in capitals", "GET HTTP://H/ HTTP/1.1", 0, "GET|/||HTTP/1.1|HTTP_HOST=H"},
+        {"absolute form with https", "GET https://h/ HTTP/1.1", 0, "GET|/||HTTP/1.1|HTTP_HOST=h"},
+        {"absolute form with an IPv6 host", "GET http://[::1]:8/ HTTP/1.1", 0,
+         "GET|/||HTTP/1.1|HTTP_HOST=[::1]:8"},
+        {"absolute form without a path", "GET http://h HTTP/1.1", 0,
+         "GET|/||HTTP/1.1|HTTP_HOST=h"},
+        {"absolute form with only a query", "GET http://h?q HTTP/1.1", 0,
+         "GET|/|q|HTTP/1.1|HTTP_HOST=h"},
+        {"absolute form with user information", "GET http://user@h/ HTTP/1.1", 400},
+        {"absolute form with a password", "GET http://user:pw@h/ HTTP/1.1", 400},
+        {"absolute form without a host", "GET http:///a HTTP/1.1", 400},
+        {"absolute form with a bad port", "GET http://h:x/ HTTP/1.1", 400},
+        {"absolute form of another scheme", "GET ftp://h/ HTTP/1.1", 400},
+        {"authority form without CONNECT", "GET h:80 HTTP/1.1", 400},
+        {"a path without a slash", "GET a HTTP/1.1", 400},
+        {"a query without a path", "GET ?a HTTP/1.1", 400},
+    };
+    for (const HeadCase& row : cases) {
+        CAPTURE(row.title);
+        const Outcome outcome = parse_head(row.bytes + "\r\n\r\n");
+        CHECK(outcome.status == row.status);
+        CHECK(outcome.meaning == row.meaning);
+    }
+}
+
+TEST_CASE("header fields reach the environ as RFC 9112 and PEP 3333 say, or are refused") {
+    const HeadCase cases[] = {
+        {"no field", "", 0},
+        {"a field", "Accept: a/b\r\n", 0, "|HTTP_ACCEPT=a/b"},
+        {"white space around a value", "A:  \t b \tc \t \r\n", 0, "|HTTP_A=b \tc"},
+        {"no white space before a value", "A:b\r\n", 0, "|HTTP_A=b"},
+        {"an empty value", "A:\r\nB:  \r\n", 0, "|HTTP_A=|HTTP_B="},
+        {"a colon in a value", "A: b:c\r\n", 0, "|HTTP_A=b:c"},
+        {"a name of all token characters", "!#$%&'*+-.^`|~09azAZ: 1\r\n", 0,
+         "|HTTP_!#$%&'*+_.^`|~09AZAZ=1"},
+        {"bytes above ASCII in a value", "A: \xe9\xff\x80\r\n", 0, "|HTTP_A=\xe9\xff\x80"},
+        {"repeated fields are joined", "A: 1\r\nB: 2\r\na: 3\r\n", 0, "|HTTP_A=1,3|HTTP_B=2"},
+        {"repeated empty fields are joined", "A:\r\nA:\r\nA: 1\r\n", 0, "|HTTP_A=,,1"},
+        {"cookies are joined with ;", "Cookie: a=1\r\ncookie: b=2\r\n", 0,
+         "|HTTP_COOKIE=a=1; b=2"},
+        {"Content-Type without HTTP_", "Content-Type: text/plain\r\n", 0,
+         "|CONTENT_TYPE=text/plain"},
+        {"two Content-Types", "Content-Type: a/b\r\ncontent-type: a/b\r\n", 400},
+        {"a name with _ is dropped", "A_B: 1\r\nX: 2\r\n", 0, "|HTTP_X=2"},
+        {"a name with _ cannot imitate one with -", "A-B: 1\r\nA_B: 2\r\n", 0, "|HTTP_A_B=1"},
+        {"Content_Length is dropped", "Content_Length: 5\r\n", 0, ""},
+        {"Transfer_Encoding is dropped", "Transfer_Encoding: x\r\n", 0, ""},
+        {"Proxy never becomes HTTP_PROXY", "Proxy: evil\r\nPROXY: evil\r\n", 0, ""},
+        {"Proxy-Authorization is no Proxy", "Proxy-Authorization: x\r\n", 0,
+         "|HTTP_PROXY_AUTHORIZATION=x"},
+        {"a dropped field is checked all the same", "A_B: \x01\r\n", 400},
+        {"a dropped Proxy is checked all the same", "Proxy : x\r\n", 400},
+        {"obs-fold with a blank", "A: b\r\n c\r\n", 400},
+        {"obs-fold with a tab", "A: b\r\n\tc: d\r\n", 400},
+        {"a blank before the first field", " A: b\r\n", 400},
+        {"a line of blanks", "A: b\r\n  \r\n", 400},
+        {"a blank before the colon", "A : b\r\n", 400},
+        {"a tab before the colon", "A\t: b\r\n", 400},
+        {"a blank within the name", "A B: c\r\n", 400},
+        {"an empty name", ": b\r\n", 400},
+        {"no colon", "A\r\n", 400},
+        {"a name with a slash", "A/B: c\r\n", 400},
+        {"a name in quotes", "\"A\": c\r\n", 400},
+        {"a name with a byte above ASCII", "\xc3\xa9: c\r\n", 400},
+        {"a name with NUL", "A\0: c\r\n"s, 400},
+        {"a lone CR in a field value is refused", "A: b\rc\r\n", 400},
+        {"a CR before CRLF is refused", "A: b\r\r\n", 400},
+        {"a bare LF ends no field", "A: b\nC: d\r\n", 400},
+        {"a bare LF ends no head", "A: b\r\n\n", 400},
+        {"NUL in a value", "A: b\0c\r\n"s, 400},
+        {"a control character in a value", "A: \x02\r\n", 400},
+        {"a vertical tab before a value", "A: \x0b" "b\r\n", 400},
+        {"DEL in a value", "A: \x7f\r\n", 400},
+        // Host
+        {"a host", "Host: example.org\r\n", 0, "|HTTP_HOST=example.org"},
+        {"a host with a port", "Host: example.org:8000\r\n", 0, "|HTTP_HOST=example.org:8000"},
+        {"an empty host", "Host:\r\n", 0, "|HTTP_HOST="},
+        {"two Hosts", "Host: a\r\nHost: a\r\n", 400},
+        {"an empty Host and another", "Host:\r\nHost: a\r\n", 400},
+        {"a Host that is a list", "Host: a b\r\n", 400},
+        {"a Host with user information", "Host: u@h\r\n", 400},
+        {"a Host with a path", "Host: h/x\r\n", 400},
+        {"a Host with a bad port", "Host: h:8o\r\n", 400},
+        // Content-Length
+        {"a Content-Length", "Content-Length: 5\r\n", 0, "|length=5"},
+        {"a Content-Length of 0", "Content-Length: 0\r\n", 0, "|length=0"},
+        {"the largest Content-Length", "Content-Length: 9223372036854775807\r\n", 0,
+         "|length=9223372036854775807"},
+        {"a Content-Length of more than 63 bits", "Content-Length: 9223372036854775808\r\n", 400},
+        {"a Content-Length of 64 bits", "Content-Length: 18446744073709551621\r\n", 400},
+        {"a very long Content-Length", "Content-Length: " + string(200, '9') + "\r\n", 400},
+        {"an empty Content-Length", "Content-Length:\r\n", 400},
+        {"a Content-Length with a plus", "Content-Length: +5\r\n", 400},
+        {"a Content-Length with a minus", "Content-Length: -5\r\n", 400},
+        {"minus zero", "Content-Length: -0\r\n", 400},
+        {"a Content-Length list", "Content-Length: 5, 5\r\n", 400},
+        {"a blank in a Content-Length", "Content-Length: 5 5\r\n", 400},
+        {"a hexadecimal Content-Length", "Content-Length: 0x5\r\n", 400},
+        {"a Content-Length with a letter", "Content-Length: 5a\r\n", 400},
+        {"a Content-Length with an underscore", "Content-Length: 1_0\r\n", 400},
+        {"a Content-Length with a fraction", "Content-Length: 5.0\r\n", 400},
+        {"two equal Content-Lengths", "Content-Length: 5\r\nContent-Length: 5\r\n", 400},
+        {"two Content-Lengths", "Content-Length: 5\r\nContent-length: 6\r\n", 400},
+        // Transfer-Encoding
+        {"chunked", "Transfer-Encoding: chunked\r\n", 0,
+         "|HTTP_TRANSFER_ENCODING=chunked|chunked"},
+        {"chunked in capitals", "TRANSFER-ENCODING: CHUNKED\r\n", 0,
+         "|HTTP_TRANSFER_ENCODING=CHUNKED|chunked"},
+        {"chunked twice", "Transfer-Encoding: chunked, chunked\r\n", 400},
+        {"chunked twice in two fields",
+         "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", 400},
+        {"chunked not last", "Transfer-Encoding: chunked, gzip\r\n", 400},
+        {"chunked not last in two fields",
+         "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n", 400},
+        {"another coding", "Transfer-Encoding: gzip\r\n", 501},
+        {"another coding before chunked", "Transfer-Encoding: gzip, chunked\r\n", 501},
+        {"the old identity", "Transfer-Encoding: identity\r\n", 501},
+        {"a coding that only begins like chunked", "Transfer-Encoding: chunkedx\r\n", 501},
+        {"an empty coding", "Transfer-Encoding:\r\n", 400},
+        {"a comma before chunked", "Transfer-Encoding: , chunked\r\n", 400},
+        {"a comma after chunked", "Transfer-Encoding: chunked,\r\n", 400},
+        {"chunked and an empty field", "Transfer-Encoding: chunked\r\nTransfer-Encoding:\r\n", 400},
+        {"an empty field and chunked", "Transfer-Encoding:\r\nTransfer-Encoding: chunked\r\n", 400},
+        {"two words", "Transfer-Encoding: x chunked\r\n", 400},
+        {"chunked in quotes", "Transfer-Encoding: \"chunked\"\r\n", 400},
+        {"a parameter of chunked", "Transfer-Encoding: chunked;q=1\r\n", 400},
+        {"a vertical tab before chunked", "Transfer-Encoding: \x0b" "chunked\r\n", 400},
+        {"chunked after a Content-Length", "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+         400},
+        {"chunked before a Content-Length", "Transfer-Encoding: chunked\r\nContent-Length: 5\r\n",
+         400},
+        {"chunked with a Content-Length of 0",
+         "Content-Length: 0\r\nTransfer-Encoding: chunked\r\n", 400},
+        // Expect
+        {"100-continue", "Expect: 100-continue\r\nContent-Length: 1\r\n", 0,
+         "|HTTP_EXPECT=100-continue|length=1|expect"},
+        {"100-continue in capitals", "Expect: 100-Continue\r\n", 0,
+         "|HTTP_EXPECT=100-Continue|expect"},
+        {"another expectation", "Expect: 200-ok\r\n", 417},
+        {"100-continue and another", "Expect: 100-continue, x\r\n", 417},
+    };
+    for (const HeadCase& row : cases) {
+        CAPTURE(row.title);
+        const Outcome outcome = parse_head("GET / HTTP/1.1\r\n" + row.bytes + "\r\n");
+        CHECK(outcome.status == row.status);
+        CHECK(outcome.meaning == (row.status == 0 ? "GET|/||HTTP/1.1" + row.meaning : ""));
+    }
+}
+
+TEST_CASE("a head is a head only as a whole") {
+    const HeadCase cases[] = {
+        {"one empty line first is skipped", "\r\nGET / HTTP/1.1\r\n\r\n", 0, "GET|/||HTTP/1.1"},
+        {"two empty lines first", "\r\n\r\nGET / HTTP/1.1\r\n\r\n", 400},
+        {"a bare LF first", "\nGET / HTTP/1.1\r\n\r\n", 400},
+        {"a bare LF after the request line", "GET / HTTP/1.1\n\r\n", 400},
+        {"nothing but bare LFs", "GET / HTTP/1.1\n\n", 400},
+        {"nothing at all", "", kWantsMore},
+        {"half a request line", "GET / HT", kWantsMore},
+        {"no empty line", "GET / HTTP/1.1\r\nA: b\r\n", kWantsMore},
+        {"half an empty line", "GET / HTTP/1.1\r\nA: b\r\n\r", kWantsMore},
+        {"only an empty line", "\r\n", kWantsMore},
+        {"a bad field before the end has come", "GET / HTTP/1.1\r\nA\r\n", 400},
+        {"bytes behind it stay", "GET / HTTP/1.1\r\n\r\nGET /b", 0, "GET|/||HTTP/1.1"},
+        {"an empty line behind it stays", "GET / HTTP/1.1\r\n\r\n\r\n", 0, "GET|/||HTTP/1.1"},
+        {"chunked on 1.0", "PUT / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", 400},
+        {"gzip on 1.0", "PUT / HTTP/1.0\r\nTransfer-Encoding: gzip\r\n\r\n", 400},
+        {"chunked on 1.2", "PUT / HTTP/1.2\r\nTransfer-Encoding: chunked\r\n\r\n", 0,
+         "PUT|/||HTTP/1.1|HTTP_TRANSFER_ENCODING=chunked|chunked"},
+        {"100-continue on 1.0 is not answered", "PUT / HTTP/1.0\r\nExpect: 100-continue\r\n\r\n",
+         0, "PUT|/||HTTP/1.0|HTTP_EXPECT=100-continue"},
+        {"the host of the target wins", "GET http://a/ HTTP/1.1\r\nX: 1\r\nHost: b\r\n\r\n", 0,
+         "GET|/||HTTP/1.1|HTTP_X=1|HTTP_HOST=a"},
+        {"a bad Host beside the host of the target",
+         "GET http://a/ HTTP/1.1\r\nHost: b c\r\n\r\n", 400},
+        {"no Host on 1.1 is served", "GET / HTTP/1.1\r\nX: 1\r\n\r\n", 0,
+         "GET|/||HTTP/1.1|HTTP_X=1"},
+    };
+    for (const HeadCase& row : cases) {
+        CAPTURE(row.title);
+        const Outcome outcome = parse_head(row.bytes);
+        CHECK(outcome.status == row.status);
+        CHECK(outcome.meaning == row.meaning);
+        if (outcome.status == 0) {
+            CHECK(outcome.used == row.bytes.find("\r\n\r\n") + 4);
+        }
+    }
+}
+
+TEST_CASE("the limits on a head hold to the byte") {
+    const auto line = [](size_t size) {  // of a request line
+        return "GET /" + string(size - 14, 'a') + " HTTP/1.1\r\n";
+    };
+    const auto field = [](size_t size) { return "A: " + string(size - 3, 'b') + "\r\n"; };
+    const auto repeat = [](size_t n, const string& text) {
+        string all;
+        for (size_t i = 0; i < n; ++i) { all += text; }
+        return all;
+    };
+    Config normal, config, unlimited, wide;
+    config.limit_request_line = 50;
+    config.limit_request_field_size = 40;
+    config.limit_request_fields = 3;
+    unlimited.limit_request_line = 0;
+    wide.limit_request_field_size = 1 << 20;
+    wide.limit_request_fields = 32768;
+    const string start = "GET / HTTP/1.1\r\n";
+    const struct {
+        string title;
+        const Config& config;
+        string bytes;
+        int status;
+    } cases[] = {
+        {"a request line at its limit", config, line(50) + "\r\n", 0},
+        {"a request line over its limit", config, line(51) + "\r\n", 414},
+        {"a request line over its limit that does not end", config, string(51, 'A'), 414},
+        {"a request line at the default limit", normal, line(4094) + "\r\n", 0},
+        {"a request line over the default limit", normal, line(4095) + "\r\n", 414},
+        {"a field at its limit", config, start + field(40) + "\r\n", 0},
+        {"a field over its limit", config, start + field(41) + "\r\n", 431},
+        {"a field over its limit that does not end", config, start + string(41, 'A'), 431},
+        {"a field at the default limit", normal, start + field(8190) + "\r\n", 0},
+        {"a field over the default limit", normal, start + field(8191) + "\r\n", 431},
+        {"as many fields as allowed", config, start + repeat(3, "A: b\r\n") + "\r\n", 0},
+        {"one field more", config, start + repeat(4, "A: b\r\n") + "\r\n", 431},
+        {"dropped fields count", config, start + repeat(4, "A_B: c\r\n") + "\r\n", 431},
+        {"100 fields by default", normal, start + repeat(100, "A: b\r\n") + "\r\n", 0},
+        {"101 fields by default", normal, start + repeat(101, "A: b\r\n") + "\r\n", 431},
+        {"0: no limit on the request line", unlimited, line(1000000) + "\r\n", 0},
+        {"but for the cap on the head", unlimited, line((1 << 20) + 2), 414},
+        {"the cap on the head also holds for fields", wide,
+         start + repeat(12, field(100000)) + "\r\n", 431},
+        {"a field above gunicorn's largest", wide, start + field(100000) + "\r\n", 0},
+    };
+    for (const auto& row : cases) {
+        CAPTURE(row.title);
+        CHECK(parse_head(row.bytes, row.config).status == row.status);
+    }
+}
+
+TEST_CASE("whatever bytes come, a head read byte by byte means what it means whole") {
+    const string seeds[] = {
+        "GET /a%20b?c=d HTTP/1.1\r\nHost: x:80\r\nCookie: a=b\r\nA-B: \tc \r\n\r\n",
+        "POST http://h/ HTTP/1.1\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n",
+        "PUT / HTTP/1.0\r\nContent-Length: 12\r\nContent-Type: a/b\r\n\r\nbody",
+    };
+    static constexpr char kBytes[] = "\r\n\r\n \t:,;%?#*/019aZ_-\x7f\x80\xff\x01";
+    Config config;
+    config.limit_request_line = 60;
+    config.limit_request_field_size = 50;
+    config.limit_request_fields = 4;
+    Random random;
+    int good = 0, bad = 0, differ = 0;
+    for (int round = 0; round < 1500; ++round) {
+        string bytes = seeds[random.below(3)];
+        for (size_t edits = random.below(3); edits-- > 0;) {
+            const size_t at = random.below(bytes.size());
+            const string one(1, kBytes[random.below(sizeof kBytes)]);  // its NUL as well
+            bytes.replace(at, random.below(2), random.below(8) != 0 ? one : bytes.substr(at));
+        }
+        const Outcome whole = parse_head(bytes, config, bytes.size());
+        const Outcome slow = parse_head(bytes, config, 1);
+        (whole.status == 0 ? good : bad) += 1;
+        if (!(whole == slow)) {
+            ++differ;
+            INFO(escape(bytes));
+            CHECK(whole.status == slow.status);
+            CHECK(whole.meaning == slow.meaning);
+        }
+    }
+    CHECK(differ == 0);
+    CHECK(good > 300);
+    CHECK(bad > 300);
+}
+
+/// Reads a body that arrives `step` bytes at a time, as a worker does.
+Outcome read_body(const Request& request, string_view bytes, const Config& config, size_t step) {
+    BodyReader reader(config);
+    reader.start(request);
+    string in, body;
+    for (size_t fed = 0;;) {
+        in += bytes.substr(fed, step);
+        fed = std::min(fed + step, bytes.size());
+        const Exact block(in);
+        string_view left = block.view(), piece;
+        Parse parsed;
+        do {
+            parsed = reader.next(left, piece);
+            body += piece;
+        } while (parsed == Parse::NeedMore && !piece.empty());
+        if (parsed == Parse::Bad) { return {reader.error().code, "", 0}; }
+        if (parsed == Parse::Done) { return {0, body, fed - left.size()}; }
+        if (fed == bytes.size()) { return {kWantsMore, body, 0}; }
+        in = string(left);
+    }
+}
+
+Request request_with(const string& field, const Config& config = {}) {
+    HeadParser parser(config);
+    Request request;
+    REQUIRE(parser.parse("POST / HTTP/1.1\r\n" + field + "\r\n\r\n", request) == Parse::Done);
+    return request;
+}
+
+constexpr const char* kChunked = "Transfer-Encoding: chunked";
+
+TEST_CASE("a body is read by its framing, whole or byte by byte") {
+    struct BodyCase {
+        string title;
+        string framing, bytes;
+        int status;
+        string body = "";
+        size_t rest = 0;  // bytes behind the body, which stay
+    };
+    const string line_at_limit = "1;" + string(8190, 'x');
+    const BodyCase cases[] = {
+        {"no body", "A: b", "", 0},
+        {"no body, and bytes behind the head", "A: b", "GET", 0, "", 3},
+        {"a Content-Length of 0", "Content-Length: 0", "GET", 0, "", 3},
+        {"a Content-Length", "Content-Length: 5", "hello", 0, "hello"},
+        {"more than its Content-Length", "Content-Length: 5", "hello, world", 0, "hello", 7},
+        {"less than its Content-Length", "Content-Length: 5", "hell", kWantsMore, "hell"},
+        {"any bytes", "Content-Length: 6", "\r\n\0\xff:,"s, 0, "\r\n\0\xff:,"s},
+        {"a Content-Length of 63 bits", "Content-Length: 9223372036854775807", "a", kWantsMore,
+         "a"},
+        {"no chunk", kChunked, "0\r\n\r\n", 0},
+        {"one chunk", kChunked, "5\r\nhello\r\n0\r\n\r\n", 0, "hello"},
+        {"chunks", kChunked, "3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n", 0, "hello"},
+        {"bytes behind the chunks", kChunked, "1\r\na\r\n0\r\n\r\nGET /", 0, "a", 5},
+        {"a chunk that looks like the end", kChunked, "5\r\n0\r\n\r\n\r\n0\r\n\r\n", 0,
+         "0\r\n\r\n"},
+        {"hexadecimal in both cases", kChunked,
+         "a\r\n0123456789\r\nB\r\n0123456789a\r\n0\r\n\r\n", 0, "01234567890123456789a"},
+        {"zeros before the size", kChunked, "0000000000000002\r\nab\r\n0000\r\n\r\n", 0, "ab"},
+        {"a size of 17 digits", kChunked, "00000000000000002\r\nab\r\n0\r\n\r\n", 400},
+        {"a size of 63 bits", kChunked, "7fffffffffffffff\r\na", kWantsMore, "a"},
+        {"a size of 64 bits", kChunked, "8000000000000000\r\na", 400},
+        {"the largest size of 16 digits", kChunked, "ffffffffffffffff\r\na", 400},
+        {"an empty size", kChunked, "\r\n", 400},
+        {"only an extension", kChunked, ";a\r\n", 400},
+        {"a blank before the size", kChunked, " 1\r\na\r\n0\r\n\r\n", 400},
+        {"a blank before an extended size", kChunked, " 1;a\r\na\r\n0\r\n\r\n", 400},
+        {"a blank after a size without an extension", kChunked, "1 \r\na\r\n0\r\n\r\n", 400},
+        {"a signed size", kChunked, "+1\r\na\r\n0\r\n\r\n", 400},
+        {"a negative size", kChunked, "-1\r\na\r\n0\r\n\r\n", 400},
+        {"a size with 0x", kChunked, "0x1\r\na\r\n0\r\n\r\n", 400},
+        {"a size with an underscore", kChunked, "1_0\r\na\r\n0\r\n\r\n", 400},
+        {"a size with a letter behind", kChunked, "1g\r\na\r\n0\r\n\r\n", 400},
+        {"two sizes", kChunked, "1 1\r\na\r\n0\r\n\r\n", 400},
+        {"an extension", kChunked, "1;a\r\nx\r\n0;b=c\r\n\r\n", 0, "x"},
+        {"an extension with blanks", kChunked, "1 ; a = \"b;c\"\r\nx\r\n0\t;d\r\n\r\n", 0, "x"},
+        {"an extension with a control character", kChunked, "1;\x01\r\nx\r\n0\r\n\r\n", 400},
+        {"an extension with a lone CR", kChunked, "1;a\rb\r\nx\r\n0\r\n\r\n", 400},
+        {"an extension with NUL", kChunked, "1;\0\r\nx\r\n0\r\n\r\n"s, 400},
+        {"a chunk-size line of 8 KiB", kChunked, line_at_limit + "\r\na\r\n0\r\n\r\n", 0, "a"},
+        {"a longer chunk-size line", kChunked, line_at_limit + "x\r\na\r\n0\r\n\r\n", 400},
+        {"a chunk-size line without end", kChunked, line_at_limit + "xx", 400},
+        {"a bare LF after a size", kChunked, "1\na\r\n0\r\n\r\n", 400},
+        {"a bare CR after a size", kChunked, "1\ra\r\n0\r\n\r\n", 400},
+        {"a bare LF after a chunk", kChunked, "1\r\na\n0\r\n\r\n", 400},
+        {"a bare CR after a chunk", kChunked, "1\r\na\r0\r\n\r\n", 400},
+        {"a chunk longer than its size", kChunked, "1\r\nab\r\n0\r\n\r\n", 400},
+        {"a chunk shorter than its size", kChunked, "3\r\na\r\n0\r\n\r\n", 400},
+        {"a bare LF after the last chunk", kChunked, "0\n\r\n", 400},
+        {"a bare LF at the end", kChunked, "0\r\n\n", 400},
+        {"no last chunk", kChunked, "1\r\na\r\n", kWantsMore, "a"},
+        {"half a chunk", kChunked, "5\r\nhel", kWantsMore, "hel"},
+        {"no end after the last chunk", kChunked, "1\r\na\r\n0\r\n", kWantsMore, "a"},
+        {"nothing", kChunked, "", kWantsMore},
+        {"trailers are dropped", kChunked, "1\r\na\r\n0\r\nA: b\r\nC:\r\n\r\nX", 0, "a", 1},
+        {"a trailer without a colon", kChunked, "0\r\nA\r\n\r\n", 400},
+        {"a trailer without a name", kChunked, "0\r\n: b\r\n\r\n", 400},
+        {"a blank before the colon of a trailer", kChunked, "0\r\nA : b\r\n\r\n", 400},
+        {"obs-fold in a trailer", kChunked, "0\r\nA: b\r\n c\r\n\r\n", 400},
+        {"a bare LF after a trailer", kChunked, "0\r\nA: b\n\r\n", 400},
+        {"NUL in a trailer", kChunked, "0\r\nA: \0\r\n\r\n"s, 400},
+        {"a lone CR in a trailer", kChunked, "0\r\nA: b\rc\r\n\r\n", 400},
+        {"Content-Length in the trailers", kChunked, "0\r\ncontent-length: 1\r\n\r\n", 400},
+        {"Transfer-Encoding in the trailers", kChunked, "0\r\nTransfer-Encoding: x\r\n\r\n", 400},
+        {"Host in the trailers", kChunked, "0\r\nHost: x\r\n\r\n", 400},
+    };
+    for (const BodyCase& row : cases) {
+        CAPTURE(row.title);
+        const Request request = request_with(row.framing);
+        const size_t size = row.bytes.size();
+        const Outcome whole = read_body(request, row.bytes, {}, std::max<size_t>(size, 1));
+        const Outcome slow = read_body(request, row.bytes, {}, small_step(size));
+        CHECK(whole.status == row.status);
+        CHECK(whole.meaning == row.body);
+        CHECK(whole.used == (row.status == 0 ? size - row.rest : 0));
+        CHECK(slow.status == whole.status);
+        CHECK(slow.meaning == whole.meaning);
+        CHECK(slow.used == whole.used);
+    }
+}
+
+TEST_CASE("trailers obey the limits of header fields") {
+    Config config;
+    config.limit_request_fields = 2;
+    config.limit_request_field_size = 30;
+    const struct {
+        string title;
+        string trailers;
+        int status;
+    } cases[] = {
+        {"as many as allowed", "A: 1\r\nB: 2\r\n", 0},
+        {"one more", "A: 1\r\nB: 2\r\nC: 3\r\n", 431},
+        {"as long as allowed", "A: " + string(27, 'b') + "\r\n", 0},
+        {"one byte longer", "A: " + string(28, 'b') + "\r\n", 431},
+    };
+    for (const auto& row : cases) {
+        CAPTURE(row.title);
+        const string bytes = "1\r\na\r\n0\r\n" + row.trailers + "\r\n";
+        for (const size_t step : {bytes.size(), size_t{1}}) {
+            CHECK(read_body(request_with(kChunked), bytes, config, step).status == row.status);
+        }
+    }
+}
+
+TEST_CASE("whatever bytes come, chunks read byte by byte mean what they mean whole") {
+    const string seed =
+        "5;a=b\r\nhello\r\n3\r\n0\r\n\r\n0b ;c\r\n, the world\r\n0\r\nA: b\r\n\r\nGET";
+    static constexpr char kBytes[] = "\r\n\r\n ;:0123fAg\x7f\xff";
+    const Request request = request_with(kChunked);
+    Config config;
+    config.limit_request_field_size = 12;
+    Random random;
+    int good = 0, bad = 0, differ = 0;
+    for (int round = 0; round < 3000; ++round) {
+        string bytes = seed;
+        for (size_t edits = random.below(3); edits-- > 0;) {
+            const string one(1, kBytes[random.below(sizeof kBytes)]);
+            bytes.replace(random.below(bytes.size()), random.below(2), one);
+        }
+        const Outcome whole = read_body(request, bytes, config, bytes.size());
+        const Outcome slow = read_body(request, bytes, config, 1);
+        (whole.status == 0 ? good : bad) += 1;
+        if (!(whole == slow)) {
+            ++differ;
+            INFO(escape(bytes));
+            CHECK(whole.status == slow.status);
+            CHECK(whole.meaning == slow.meaning);
+        }
+    }
+    CHECK(differ == 0);
+    CHECK(good > 300);
+    CHECK(bad > 300);
+}
+
+TEST_CASE("the environ block holds what PEP 3333 asks for") {
+    const SetEnv no_prefix("SCRIPT_NAME", nullptr);
+    const Config config;
+    HeadParser head(config);
+    Request request;
+    REQUIRE(head.parse("POST /a%20b/\xff?c=%20#d HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n"
+                       "Content-Type: x/y\r\nX-Empty:\r\nX-Two: 1\r\nX-Two: 2\r\n\r\n",
+                       request) == Parse::Done);
+    const string block = make_environ(request, {"10.0.0.1", "8000", "10.0.0.2", "50000"});
+    map<string, string> found;
+    size_t pairs = 0;
+    for (string_view rest = block; !rest.empty(); ++pairs) {
+        const string name(cut(rest, '\0'));
+        found[name] = cut(rest, '\0');
+    }
+    const map<string, string> expected = {
+        {"CONTENT_LENGTH", "3"}, {"REQUEST_METHOD", "POST"}, {"SCRIPT_NAME", ""},
+        {"PATH_INFO", "/a b/\xff"},
+        {"QUERY_STRING", "c=%20"}, {"RAW_URI", "/a%20b/\xff?c=%20#d"},
+        {"REQUEST_URI", "/a%20b/\xff?c=%20#d"}, {"SERVER_PROTOCOL", "HTTP/1.1"},
+        {"SERVER_NAME", "10.0.0.1"}, {"SERVER_PORT", "8000"}, {"REMOTE_ADDR", "10.0.0.2"},
+        {"REMOTE_PORT", "50000"}, {"HTTP_HOST", "h"}, {"CONTENT_TYPE", "x/y"},
+        {"HTTP_X_EMPTY", ""}, {"HTTP_X_TWO", "1,2"}};
+    for (const auto& each : expected) {
+        CAPTURE(each.first);
+        REQUIRE(found.count(each.first) == 1);
+        CHECK(found[each.first] == each.second);
+    }
+    CHECK(block.compare(0, 17, "CONTENT_LENGTH\0" "3\0"s) == 0);  // first, as SCGI wants it
+    CHECK(found.count("HTTP_CONTENT_LENGTH") == 0);
+    CHECK(pairs == found.size());
+    CHECK(block.back() == '\0');
+}
+
+TEST_CASE("SCRIPT_NAME is cut from PATH_INFO at a whole segment") {
+    const struct {
+        const char* prefix;
+        string target, script_name, path_info;
+    } cases[] = {
+        {nullptr, "/a/b", "", "/a/b"}, {"", "/a/b", "", "/a/b"},   {"/a", "/a/b", "/a", "/b"},
+        {"/a", "/a", "/a", ""},        {"/a", "/a/", "/a", "/"},   {"/a", "/ab", "", "/ab"},
+        {"/a", "/", "", "/"},          {"/a/b", "/a/b/c", "/a/b", "/c"},
+        {"/a b", "/a%20b/c", "/a b", "/c"},
+    };
+    for (const auto& row : cases) {
+        INFO("SCRIPT_NAME=", row.prefix != nullptr ? row.prefix : "", ", ", row.target);
+        const SetEnv prefix("SCRIPT_NAME", row.prefix);
+        const Config config;
+        HeadParser parser(config);
+        Request request;
+        const string head = "GET " + row.target + " HTTP/1.1\r\n\r\n";
+        REQUIRE(parser.parse(head, request) == Parse::Done);
+        const string block = make_environ(request, {});
+        CHECK(lookup(block, "SCRIPT_NAME") == row.script_name);
+        CHECK(lookup(block, "PATH_INFO") == row.path_info);
+        CHECK(lookup(block, "RAW_URI") == row.target);
+    }
+}
+
+TEST_CASE("the environ tells an unknown length, and the name of a server on a unix socket") {
+    const struct {
+        string fields;
+        Endpoints ends;
+        string length, name, port;
+    } cases[] = {
+        {"Host: h:81\r\n", {"10.0.0.1", "80", "", ""}, "", "10.0.0.1", "80"},
+        {"Content-Length: 0\r\n", {"10.0.0.1", "8000", "", ""}, "0", "10.0.0.1", "8000"},
+        {"Host: h:81\r\n", {}, "", "h", "81"},  // a unix socket has only what Host says
+        {"Host: h\r\n", {}, "", "h", "80"},
+        {"Host: h:\r\n", {}, "", "h", "80"},
+        {"Host: [::1]:82\r\n", {}, "", "[::1]", "82"},
+        {"Host: [::1]\r\n", {}, "", "[::1]", "80"},
+        {"", {}, "", "", "80"},
+    };
+    for (const auto& row : cases) {
+        CAPTURE(row.fields);
+        const Config config;
+        HeadParser parser(config);
+        Request request;
+        REQUIRE(parser.parse("GET / HTTP/1.1\r\n" + row.fields + "\r\n", request) == Parse::Done);
+        const string block = make_environ(request, row.ends);
+        CHECK(block.compare(0, 15, "CONTENT_LENGTH\0"s) == 0);
+        CHECK(lookup(block, "CONTENT_LENGTH") == row.length);
+        CHECK(lookup(block, "SERVER_NAME") == row.name);
+        CHECK(lookup(block, "SERVER_PORT") == row.port);
+    }
+}
+
+TEST_CASE("percent_decode takes well-formed escapes only, and refuses NUL") {
+    const struct {
+        string text, decoded;
+        bool good = true;
+    } cases[] = {
+        {"", ""}, {"abc", "abc"}, {"%41", "A"}, {"a%2Fb%2fc", "a/b/c"}, {"%ff%FF", "\xff\xff"},
+        {"%", "%"}, {"%4", "%4"}, {"%4%41", "%4A"}, {"%%41", "%A"}, {"%g1%1g", "%g1%1g"},
+        {"%2541", "%41"}, {"%01%7f", "\x01\x7f"}, {"%00", "", false}, {"a%00b", "", false},
+        {"%0", "%0"}, {"%-1", "%-1"}, {"% 1", "% 1"}, {"%0x41", "%0x41"},
+    };
+    for (const auto& row : cases) {
+        CAPTURE(row.text);
+        const Exact block(row.text);
+        string out;
+        CHECK(percent_decode(block.view(), out) == row.good);
+        if (row.good) { CHECK(out == row.decoded); }
+    }
+}
+
+TEST_CASE("is_host knows RFC 3986's host and port") {
+    const string good[] = {"", "a", "example.org", "EXAMPLE.org.", "a-b_c~d", "127.0.0.1", "a:80",
+                          "a:", ":80", "[::1]", "[::1]:80", "[::1]:", "[2001:db8::ff]:8000",
+                          "[::ffff:127.0.0.1]", "!$&'()*+,;=", "%41b", "a%2D", "a:65536"};
+    const string bad[] = {" ", "a b", "a/b", "a?b", "a#b", "a@b", "u:p@h", "a:b", "a:80:80", "a:-1",
+                         "a:+1", "::1", "[", "[]", "[]:80", "[::1", "::1]", "a]", "[::1]80",
+                         "[::1]x", "[::1]:x", "a[::1]", "[[::1]]", "[::1@]", "%", "a%4", "a%4g",
+                         "a\\b", "a\"b", "a<b", "a|b", "a^b", "a`b", "{a}", "\x7f", "\xc3\xa9",
+                         "a\tb"};
+    for (const string& text : good) {
+        CAPTURE(text);
+        CHECK(is_host(Exact(text).view()));
+    }
+    for (const string& text : bad) {
+        CAPTURE(text);
+        CHECK_FALSE(is_host(Exact(text).view()));
+    }
+    CHECK_FALSE(is_host("a\0b"sv));
+}
+
+TEST_CASE("an IP literal in a host is an IP address") {
+    const string bad[] = {"[zz]", "[1]", "[::1::2]", "[12345::]", "[a.b]", "[%41]", "[127.0.0.1]"};
+    for (const string& text : bad) {
+        CAPTURE(text);
+        CHECK_FALSE(is_host(Exact(text).view()));
+    }
+}
+
+TEST_CASE("is_token knows the characters of a token") {
+    const string marks = "!#$%&'*+-.^_`|~";
+    for (int byte = 0; byte < 256; ++byte) {
+        const char c = static_cast<char>(byte);
+        const bool expected = (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
+                              (c >= 'A' && c <= 'Z') || marks.find(c) != string::npos;
+        CAPTURE(byte);
+        CHECK(is_token(Exact(string(1, c)).view()) == expected);
+        CHECK(is_token(Exact("a"s + c + "b").view()) == expected);
+    }
+    CHECK_FALSE(is_token(""));
+}
+
+TEST_CASE("split_field cuts a field line at its first colon") {
+    const struct {
+        string line;
+        bool good;
+        string name = "", value = "";
+    } cases[] = {
+        {"A: b", true, "A", "b"},       {"A:b", true, "A", "b"},
+        {"a-b:\t c:d \t", true, "a-b", "c:d"}, {"A:", true, "A", ""},
+        {"A: \t", true, "A", ""},       {"A: b\tc", true, "A", "b\tc"},
+        {"A: \xff", true, "A", "\xff"}, {"", false},
+        {"A", false},                   {":", false},
+        {": b", false},                 {" A: b", false},
+        {"\tA: b", false},              {"A : b", false},
+        {"A B: c", false},              {"A: b\rc", false},
+        {"A: b\n", false},              {"A: \0"s, false},
+        {"A: \x1b", false},             {"A: \x7f", false},
+        {"A\0: b"s, false},             {"\xff: b", false},
+    };
+    for (const auto& row : cases) {
+        CAPTURE(row.line);
+        const Exact block(row.line);
+        string_view name, value;
+        CHECK(split_field(block.view(), name, value) == row.good);
+        if (row.good) {
+            CHECK(name == row.name);
+            CHECK(value == row.value);
+        }
+    }
+}
+
+TEST_CASE("parse_number reads digits and nothing else") {
+    const struct {
+        string text;
+        int base;
+        bool good;
+        int64_t number = 0;
+    } cases[] = {
+        {"0", 10, true, 0}, {"7", 10, true, 7}, {"007", 10, true, 7},
+        {"9223372036854775807", 10, true, INT64_MAX}, {"9223372036854775808", 10, false},
+        {"18446744073709551616", 10, false}, {"", 10, false}, {"-1", 10, false}, {"-0", 10, false},
+        {"-", 10, false}, {"+1", 10, false}, {" 1", 10, false}, {"1 ", 10, false},
+        {"1e3", 10, false}, {"1.0", 10, false}, {"0x1", 10, false}, {"a", 10, false},
+        {"ff", 16, true, 255}, {"FF", 16, true, 255}, {"7fffffffffffffff", 16, true, INT64_MAX},
+        {"8000000000000000", 16, false}, {"0x1", 16, false}, {"g", 16, false}, {"-1", 16, false},
+    };
+    for (const auto& row : cases) {
+        CAPTURE(row.text);
+        const Exact block(row.text);
+        int64_t number = 0;
+        CHECK(parse_number(block.view(), number, row.base) == row.good);
+        if (row.good) { CHECK(number == row.number); }
+    }
+}
+
+TEST_CASE("the small tools for text") {
+    CHECK(trim("") == "");
+    CHECK(trim(" \t ") == "");
+    CHECK(trim("\t a \tb ") == "a \tb");
+    CHECK(trim("\ra\n") == "\ra\n");  // only blanks and tabs are optional white space
+
+    string_view text = "a,,b";
+    CHECK(cut(text, ',') == "a");
+    CHECK(text == ",b");
+    CHECK(cut(text, ',') == "");
+    CHECK(cut(text, ',') == "b");
+    CHECK(text.empty());
+    CHECK(cut(text, ',') == "");
+    text = "a,";
+    CHECK(cut(text, ',') == "a");
+    CHECK(text.empty());
+
+    CHECK(same_name("Content-Length", "cONTENT-lENGTH"));
+    CHECK(same_name("", ""));
+    CHECK_FALSE(same_name("a", "ab"));
+    CHECK_FALSE(same_name("ab", "a"));
+    CHECK_FALSE(same_name("@", "`"));  // 32 apart, and no letters
+    CHECK_FALSE(same_name("[", "{"));
+    CHECK_FALSE(same_name("\xc0", "\xe0"));
+}
+
+TEST_CASE("an address to listen on has one of gunicorn's forms") {
+    const string longest(sizeof(sockaddr_un::sun_path) - 1, 'p');
+    struct AddressCase {
+        string text;
+        bool good;
+        string host = "", port = "", path = "";
+        int fd = -1;
+        bool v6 = false;
+    };
+    const AddressCase cases[] = {
+        {"127.0.0.1:80", true, "127.0.0.1", "80"},
+        {"example.org:8080", true, "example.org", "8080"},
+        {"127.0.0.1", true, "127.0.0.1", "8000"},
+        {":9000", true, "", "9000"},
+        {"localhost:0", true, "localhost", "0"},
+        {"x:65535", true, "x", "65535"},
+        {"[::1]:80", true, "::1", "80", "", -1, true},
+        {"[::]", true, "::", "8000", "", -1, true},
+        {"unix:/run/a.sock", true, "", "", "/run/a.sock"},
+        {"unix:///run/a.sock", true, "", "", "/run/a.sock"},
+        {"unix:a.sock", true, "", "", "a.sock"},
+        {"unix:" + longest, true, "", "", longest},
+        {"fd://3", true, "", "", "", 3},
+        {"", false}, {":", false}, {"x:", false}, {"x:65536", false}, {"x:99999", false},
+        {"x:-1", false}, {"x:+1", false}, {"x: 80", false}, {"x:80 ", false}, {"x:http", false},
+        {"x:0x50", false}, {"x:99999999999999999999", false}, {"::1", false}, {"::1:80", false},
+        {"[::1", false}, {"[::1]80", false}, {"[::1]:", false}, {"[::1]:x", false},
+        {"unix:", false}, {"unix://", false}, {"unix:" + longest + "p", false}, {"fd://", false},
+        {"fd://x", false}, {"fd://-1", false}, {"fd://2147483648", false}, {"a:b:80", false},
+    };
+    for (const AddressCase& row : cases) {
+        CAPTURE(row.text);
+        const Exact block(row.text);
+        const Result<Address> made = parse_address(block.view());
+        CHECK(!made.error == row.good);
+        if (!row.good || made.error) {
+            CHECK(made.error.code == 1);
+            CHECK(contains(made.error.text, row.text));  // a sentence that names it
+            continue;
+        }
+        CHECK(made.value.path == row.path);
+        CHECK(made.value.fd == row.fd);
+        if (row.path.empty() && row.fd < 0) {
+            CHECK(made.value.host == row.host);
+            CHECK(made.value.port == row.port);
+            CHECK(made.value.v6 == row.v6);
+        }
+    }
+}
+
+// --- unit tests: the command line -------------------------------------------
+
+const Option* find_option(const string& name) {
+    const auto found = std::find_if(std::begin(kOptions), std::end(kOptions),
+                                    [&](const Option& option) { return option.name == name; });
+    return found == std::end(kOptions) ? nullptr : found;
+}
+
+/// The value that --print-config would show, after these arguments; "error N" where refused.
+string setting(const string& name, const vector<string>& args) {
+    vector<const char*> words;
+    for (const string& arg : args) { words.push_back(arg.c_str()); }
+    Config config;
+    if (const Error error = parse_command_line(words, config)) {
+        CHECK(!error.text.empty());
+        return "error " + to_string(error.code);
+    }
+    const Option* option = find_option(name);
+    return name == "app" ? config.app : option != nullptr ? option->get(config) : "no option";
+}
+
+TEST_CASE("every number on the command line has a range") {
+    const struct {
+        const char* name;
+        int64_t low, high;
+    } cases[] = {
+        {"workers", 1, 1000},
+        {"timeout", 0, 31'536'000},
+        {"graceful-timeout", 0, 31'536'000},
+        {"header-timeout", 1, 31'536'000},
+        {"backlog", 1, 65535},
+        {"worker-connections", 1, INT_MAX},
+        {"limit-request-line", 0, 1 << 20},
+        {"limit-request-fields", 1, 32768},
+        {"limit-request-field_size", 0, 1 << 20},
+        {"limit-request-body", 0, INT64_MAX},
+    };
+    const string no_numbers[] = {"", "x", "-", "-x", "1e9", "1.5", "+1", " 1", "1 ", "0x10", "1_0"};
+    set<string> covered;
+    for (const auto& row : cases) {
+        const string name = row.name, option = "--" + name;
+        CAPTURE(name);
+        covered.insert(name);
+        const auto with = [&](const string& value) { return setting(name, {option, value}); };
+        const bool zero_is_default = name == "limit-request-field_size";
+        CHECK(with(to_string(row.low)) == (zero_is_default ? "8190" : to_string(row.low)));
+        CHECK(with(to_string(row.low + 1)) == to_string(row.low + 1));
+        CHECK(with(to_string(row.high)) == to_string(row.high));
+        CHECK(with(to_string(row.low - 1)) == "error 1");
+        CHECK(with("-5") == "error 1");
+        if (row.high < INT64_MAX) { CHECK(with(to_string(row.high + 1)) == "error 1"); }
+        for (const string& text : no_numbers) {
+            CAPTURE(text);
+            CHECK(with(text) == "error 2");
+        }
+    }
+    for (const Option& option : kOptions) {  // and the table above leaves none out
+        const string meta = option.meta != nullptr ? option.meta : "";
+        CAPTURE(string(option.name));
+        CHECK((meta == "N" || meta == "SECONDS" || meta == "BYTES") ==
+              (covered.count(option.name) == 1));
+    }
+}
+
+TEST_CASE("a number of more than 63 bits is out of range, not no number") {
+    const string names[] = {"--workers", "--timeout", "--backlog", "--limit-request-body"};
+    for (const string& name : names) {
+        CAPTURE(name);
+        CHECK(setting("", {name, "99999999999999999999"}) == "error 1");
+        CHECK(setting("", {name, "-99999999999999999999"}) == "error 1");
+    }
+}
+
+TEST_CASE("an option takes its value in every usual form") {
+    const map<string, string> values = {
+        {"bind", ":81"}, {"workers", "7"}, {"worker-class", "sync"}, {"timeout", "7"},
+        {"graceful-timeout", "7"}, {"header-timeout", "7"}, {"backlog", "7"},
+        {"worker-connections", "7"}, {"limit-request-line", "7"}, {"limit-request-fields", "7"},
+        {"limit-request-field_size", "7"}, {"limit-request-body", "7"}, {"chdir", "/x"},
+        {"pythonpath", "/a,/b"}, {"env", "A=b=c"}, {"worker-tmp-dir", "/x"},
+        {"access-logfile", "-"}, {"access-logformat", "%(s)s"}, {"error-logfile", "/x"},
+        {"log-level", "debug"}, {"python", "/x"}, {"runner", "cmd -x"}};
+    for (const auto& each : values) {
+        const string &name = each.first, &value = each.second;
+        CAPTURE(name);
+        const Option* option = find_option(name);
+        REQUIRE(option != nullptr);
+        REQUIRE((option->get != nullptr));
+        CHECK(setting(name, {"--" + name, value}) == value);
+        CHECK(setting(name, {"--" + name + "=" + value}) == value);
+        CHECK(setting(name, {"m:a", "--" + name, value}) == value);
+        CHECK(setting("app", {"--" + name, value, "m:a"}) == "m:a");
+        CHECK(setting(name, {"--" + name}) == "error 2");
+        if (option->letter != 0) {
+            CHECK(setting(name, {"-"s + option->letter, value}) == value);
+            CHECK(setting(name, {"-"s + option->letter + value}) == value);
+            CHECK(setting(name, {"-"s + option->letter}) == "error 2");
+        }
+    }
+    for (const Option& option : kOptions) {
+        CAPTURE(string(option.name));
+        CHECK(*option.help != '\0');
+        CHECK(values.count(option.name) == (option.get != nullptr ? 1 : 0));
+    }
+    CHECK(setting("error-logfile", {"--log-file", "/x"}) == "/x");
+    CHECK(setting("workers", {"-w", "2", "-w", "3"}) == "3");  // the last one counts
+    CHECK(setting("bind", {"-b", ":1", "--bind=:2", "-b:3"}) == ":1,:2,:3");
+    CHECK(setting("env", {"-e", "A=1", "-e", "B="}) == "A=1,B=");
+    CHECK(setting("chdir", {"--chdir="}) == "");
+    CHECK(std::atoi(setting("workers", {"-w", "auto"}).c_str()) >= 1);
+}
+
+TEST_CASE("what stands on the command line wrongly is refused with its exit status") {
+    const struct {
+        vector<string> args;
+        string outcome;
+    } cases[] = {
+        {{"--nope"}, "error 2"},        {{"-z"}, "error 2"},
+        {{"--nope=1"}, "error 2"},      {{"--work", "2"}, "error 2"},
+        {{"--Workers", "2"}, "error 2"}, {{"---"}, "error 2"},
+        {{"--=2"}, "error 2"},          {{"--help=1"}, "error 2"},
+        {{"a:b", "c:d"}, "error 2"},    {{"-k", "gevent"}, "error 1"},
+        {{"--log-level", "loud"}, "error 1"}, {{"-e", "A"}, "error 1"},
+        {{"-e", "=b"}, "error 1"},      {{"-w", "0"}, "error 1"},
+        {{"-w0"}, "error 1"},           {{"--backlog", "1e9"}, "error 2"},
+        {{"-w", "Auto"}, "error 2"},    {{}, "app_example:app"},
+        {{"m"}, "m"},                   {{"--", "-m:a"}, "-m:a"},
+        {{"-w", "3", "--", "m:a"}, "m:a"}, {{"--", "m:a", "-w"}, "error 2"},
+    };
+    for (const auto& row : cases) {
+        string line;
+        for (const string& arg : row.args) { line += arg + " "; }
+        CAPTURE(line);
+        CHECK(setting("app", row.args) == row.outcome);
+    }
+}
+
+TEST_CASE("switches are off until they are given") {
+    Config config;
+    CHECK(!parse_command_line({"a:b"}, config));
+    CHECK_FALSE((config.check_config || config.print_config || config.version || config.help));
+    CHECK(!parse_command_line({"--check-config", "--print-config", "-v", "-h"}, config));
+    CHECK((config.check_config && config.print_config && config.version && config.help));
+}
+
+TEST_CASE("the defaults are gunicorn's, and PORT names the port to listen on") {
+    const SetEnv no_port("PORT", nullptr);
+    CHECK(setting("bind", {}) == "127.0.0.1:8000");
+    CHECK(setting("workers", {}) == "2");
+    CHECK(setting("timeout", {}) == "30");
+    CHECK(setting("graceful-timeout", {}) == "30");
+    CHECK(setting("header-timeout", {}) == "10");
+    CHECK(setting("backlog", {}) == "2048");
+    CHECK(setting("worker-connections", {}) == "1000");
+    CHECK(setting("limit-request-line", {}) == "4094");
+    CHECK(setting("limit-request-fields", {}) == "100");
+    CHECK(setting("limit-request-field_size", {}) == "8190");
+    CHECK(setting("limit-request-body", {}) == "1073741824");
+    CHECK(setting("access-logfile", {}) == "");
+    CHECK(setting("log-level", {}) == "info");
+    const SetEnv port("PORT", "5000");
+    CHECK(setting("bind", {}) == "0.0.0.0:5000");
+    CHECK(setting("bind", {"-b", ":1"}) == ":1");
+    const SetEnv empty("PORT", "");
+    CHECK(setting("bind", {}) == "127.0.0.1:8000");
+}
+
+// --- unit tests: responses --------------------------------------------------
+
+TEST_CASE("the head of an application's response is checked") {
+    const struct {
+        string title;
+        string head;  // after "Status: "
+        bool good;
+        int64_t length = -1;
+    } cases[] = {
+        {"a status alone", "200 OK\n", true},
+        {"a reason of words", "404 Not Found at All\n", true},
+        {"a reason above ASCII", "200 \xe9t\xe9\n", true},
+        {"fields", "200 OK\nA: b\nC: d\n", true},
+        {"an empty value", "200 OK\nA: \n", true},
+        {"a value above ASCII", "200 OK\nA: \xff\n", true},
+        {"a Content-Length", "200 OK\nContent-Length: 12\n", true, 12},
+        {"a Content-Length of 0", "200 OK\ncontent-length: 0\n", true, 0},
+        {"no reason", "200\n", false},
+        {"no blank", "200OK\n", false},
+        {"no digits", "OK\n", false},
+        {"letters for digits", "abc OK\n", false},
+        {"two digits", "20 OK\n", false},
+        {"four digits", "2000 OK\n", false},
+        {"an interim status", "100 Continue\n", false},
+        {"a negative status", "-20 OK\n", false},
+        {"a status with a sign", "+20 OK\n", false},
+        {"an empty status", "\n", false},
+        {"a control character in the reason", "200 O\x01K\n", false},
+        {"CR in the reason", "200 OK\rA: b\n", false},
+        {"NUL in the reason", "200 O\0K\n"s, false},
+        {"ESC in the reason", "200 \x1b[0m\n", false},
+        {"a name with a blank", "200 OK\nA B: c\n", false},
+        {"a blank before the colon", "200 OK\nA : c\n", false},
+        {"an empty name", "200 OK\n: c\n", false},
+        {"a name above ASCII", "200 OK\n\xe9: c\n", false},
+        {"no colon", "200 OK\nA\n", false},
+        {"CR in a value", "200 OK\nA: b\rc\n", false},
+        {"NUL in a value", "200 OK\nA: \0\n"s, false},
+        {"DEL in a value", "200 OK\nA: \x7f\n", false},
+        {"obs-fold", "200 OK\nA: b\n c\n", false},
+        {"two Content-Lengths", "200 OK\nContent-Length: 1\ncontent-length: 1\n", false},
+        {"a Content-Length with a sign", "200 OK\nContent-Length: +1\n", false},
+        {"a negative Content-Length", "200 OK\nContent-Length: -1\n", false},
+        {"a Content-Length that is no number", "200 OK\nContent-Length: x\n", false},
+        {"an empty Content-Length", "200 OK\nContent-Length:\n", false},
+        {"a Content-Length list", "200 OK\nContent-Length: 1, 1\n", false},
+        {"a huge Content-Length", "200 OK\nContent-Length: 9223372036854775808\n", false},
+    };
+    for (const auto& row : cases) {
+        CAPTURE(row.title);
+        const Exact block("Status: " + row.head);
+        Response response;
+        const Error error = parse_response(block.view(), response);
+        CHECK(!error == row.good);
+        if (!row.good || error) {
+            CHECK(error.code == 500);
+            for (const char c : error.text) { CHECK((c >= 0x20 && c != 0x7f)); }  // fit for a log
+            continue;
+        }
+        CHECK(response.status == std::atoi(row.head.c_str()));
+        CHECK(response.length == row.length);
+        const Reply reply(final_head(response, 1, false));
+        CHECK(reply.status == response.status);
+        string_view lines = row.head;
+        CHECK(contains(reply.head, "HTTP/1.1 " + string(cut(lines, '\n')) + "\r\n"));
+        while (!lines.empty()) { CHECK(contains(reply.head, string(cut(lines, '\n')) + "\r\n")); }
+    }
+    Response response;
+    CHECK(parse_response("Content-Type: a/b\nStatus: 200 OK\n", response).code == 500);
+    CHECK(parse_response("", response).code == 500);
+}
+
+TEST_CASE("hop-by-hop fields of the application are dropped, and named for the log") {
+    const string names[] = {"Connection", "Keep-Alive", "Proxy-Authenticate", "upgrade", "TE",
+                            "Proxy-Authorization", "Trailers", "Trailer", "Transfer-Encoding"};
+    for (const string& name : names) {
+        CAPTURE(name);
+        Response response;
+        CHECK(!parse_response("Status: 200 OK\nA: b\n" + name + ": secret\nC: d\n", response));
+        const Reply reply(final_head(response, 1, false));
+        CHECK_FALSE(contains(reply.head, "secret"));
+        CHECK(reply.fields.at("a") == "b");
+        CHECK(reply.fields.at("c") == "d");
+        CHECK(contains(response.dropped, name));
+    }
+    Response response;
+    CHECK(!parse_response("Status: 200 OK\nConnections: x\nTe-X: y\n", response));
+    CHECK(response.dropped.empty());
+}
+
+TEST_CASE("the final head has one Date, one Server, and Connection: close") {
+    const struct {
+        string title;
+        string head;
+        int minor;
+        bool chunked;
+        map<string, string> fields;  // that must be there; an empty value: not be there
+    } cases[] = {
+        {"the server's own", "Status: 200 OK\n", 1, false,
+         {{"connection", "close"}, {"transfer-encoding", ""}, {"content-length", ""}}},
+        {"chunked", "Status: 200 OK\n", 1, true, {{"transfer-encoding", "chunked"}}},
+        {"for HTTP/1.0", "Status: 200 OK\n", 0, false, {{"connection", "close"}}},
+        {"the application's Date wins", "Status: 200 OK\ndate: today\n", 1, false,
+         {{"date", "today"}}},
+        {"the application's Server wins", "Status: 200 OK\nSERVER: mine\n", 1, false,
+         {{"server", "mine"}}},
+        {"its Connection does not", "Status: 200 OK\nConnection: keep-alive\n", 1, false,
+         {{"connection", "close"}}},
+        {"its Transfer-Encoding does not", "Status: 200 OK\nTransfer-Encoding: gzip\n", 1, true,
+         {{"transfer-encoding", "chunked"}}},
+        {"a Content-Length is kept", "Status: 200 OK\nContent-Length: 5\n", 1, false,
+         {{"content-length", "5"}}},
+        {"204 has no Content-Length", "Status: 204 No Content\nContent-Length: 0\n", 1, false,
+         {{"content-length", ""}}},
+        {"304 may have one", "Status: 304 Not Modified\nContent-Length: 5\n", 1, false,
+         {{"content-length", "5"}}},
+    };
+    for (const auto& row : cases) {
+        CAPTURE(row.title);
+        Response response;
+        CHECK(!parse_response(row.head, response));
+        const string text = final_head(response, row.minor, row.chunked);
+        const Reply reply(text);
+        CHECK(reply.version == (row.minor > 0 ? "HTTP/1.1" : "HTTP/1.0"));
+        CHECK(text.size() == text.find("\r\n\r\n") + 4);
+        CHECK(count(text, "\n") == count(text, "\r\n"));
+        CHECK(count(text, "\r\n") == reply.fields.size() + 2);  // none stands twice
+        for (const char* name : {"date", "server", "connection"}) {
+            CHECK(reply.fields.count(name) == 1);
+        }
+        for (const auto& each : row.fields) {
+            const string &name = each.first, &value = each.second;
+            CAPTURE(name);
+            CHECK(reply.fields.count(name) == (value.empty() ? 0 : 1));
+            if (!value.empty() && reply.fields.count(name) == 1) {
+                CHECK(reply.fields.at(name) == value);
+            }
+        }
+    }
+}
+
+TEST_CASE("Date is the present time in the fixed form of RFC 9110") {
+    Response response;
+    CHECK(!parse_response("Status: 200 OK\n", response));
+    const string date = Reply(final_head(response, 1, false)).fields["date"];
+    struct tm parts {};
+    const char* end = ::strptime(date.c_str(), "%a, %d %b %Y %H:%M:%S GMT", &parts);
+    REQUIRE(end != nullptr);
+    CHECK(*end == '\0');
+    CHECK(date.size() == 29);
+    CHECK_FALSE(contains(date, "  "));
+    CHECK(std::abs(::timegm(&parts) - std::time(nullptr)) <= 2);
+}
+
+TEST_CASE("the server's own answers are complete, and name their status") {
+    set<string> reasons;
+    const int statuses[] = {400, 408, 413, 414, 417, 431, 500, 501, 502, 503, 504, 505};
+    for (const int status : statuses) {
+        CAPTURE(status);
+        string body;
+        const Response response = error_response(status, body);
+        CHECK(response.status == status);
+        const Reply reply(final_head(response, 1, false) + body);
+        REQUIRE(reply.status == status);
+        CHECK(reply.whole);
+        CHECK(reply.fields.count("content-length") == 1);
+        CHECK(contains(reply.fields.at("content-type"), "text/"));
+        CHECK(reply.fields.count("retry-after") == (status == 503 ? 1 : 0));
+        CHECK(contains(body, to_string(status)));
+        string_view line = reply.head;
+        line.remove_prefix(13);
+        reasons.insert(string(cut(line, '\r')));
+    }
+    CHECK(reasons.size() == std::size(statuses));
+    CHECK(reasons.count("") == 0);
+}
+
+TEST_CASE("frames of a runner are read whole or byte by byte") {
+    // <end>, <failed>, <bad>: events; all else: the payloads.
+    const struct {
+        string title;
+        string bytes, events;
+    } cases[] = {
+        {"nothing", "", ""},
+        {"ready", "0:,", "<end>"},
+        {"one frame and the end", "5:hello,0:,", "hello<end>"},
+        {"frames", "2:he,3:llo,0:,", "hello<end>"},
+        {"two responses", "1:a,0:,1:b,0:,", "a<end>b<end>"},
+        {"a failure", "0:!", "<failed>"},
+        {"a failure midway, and another response", "1:a,0:!1:b,0:,", "a<failed>b<end>"},
+        {"a payload that looks like frames", "6:0:,0:!,0:,", "0:,0:!<end>"},
+        {"any bytes in a payload", "4:\0\n\xff,,0:,"s, "\0\n\xff,<end>"s},
+        {"two digits", "11:hello world,", "hello world"},
+        {"zeros before the size", "005:hello,00:,", "hello<end>"},
+        {"half a frame", "5:hel", "hel"},
+        {"half a size", "12", ""},
+        {"12 digits", "000000000001:a,0:,", "a<end>"},
+        {"13 digits", "0000000000001:a,0:,", "<bad>"},
+        {"no size", ":a,", "<bad>"},
+        {"no digits", "x:a,", "<bad>"},
+        {"a sign", "-1:a,", "<bad>"},
+        {"a blank", " 1:a,", "<bad>"},
+        {"a blank after the size", "1 :a,", "<bad>"},
+        {"a comma for the colon", "1,a,", "<bad>"},
+        {"no comma", "1:ab", "a<bad>"},
+        {"a failure mark after a payload", "1:a!", "a<bad>"},
+        {"neither end nor failure", "0:x", "<bad>"},
+        {"plain text", "Traceback", "<bad>"},
+        {"text after a response", "0:,\n", "<end><bad>"},
+    };
+    using Event = NetstringReader::Event;
+    for (const auto& row : cases) {
+        CAPTURE(row.title);
+        for (const size_t step : {std::max<size_t>(row.bytes.size(), 1), size_t{1}, size_t{3}}) {
+            CAPTURE(step);
+            NetstringReader reader;
+            string events;
+            bool bad = false;
+            for (size_t at = 0; at < row.bytes.size() && !bad; at += step) {
+                const Exact block(string_view(row.bytes).substr(at, step));
+                string_view in = block.view(), piece;
+                Event event = Event::Piece;
+                while (event != Event::NeedMore && !bad) {
+                    event = reader.next(in, piece);
+                    bad = event == Event::Bad;
+                    if (event == Event::Piece) { events += piece; }
+                    events += event == Event::End      ? "<end>"
+                              : event == Event::Failed ? "<failed>"
+                              : bad                    ? "<bad>"
+                                                       : "";
+                }
+                CHECK((bad || in.empty()));
+            }
+            CHECK(events == row.events);
+        }
+    }
+}
+
+// --- unit tests: logs -------------------------------------------------------
+
+TEST_CASE("escape makes every byte of a client harmless in a log") {
+    for (int byte = 0; byte < 256; ++byte) {
+        const char c = static_cast<char>(byte);
+        CAPTURE(byte);
+        const string out = escape(Exact(string(1, c)).view());
+        if (c == '"' || c == '\\') {
+            CHECK(out == "\\"s + c);
+        } else if (byte >= 0x20 && byte < 0x7f) {
+            CHECK(out == string(1, c));
+        } else {
+            char expected[8];
+            std::snprintf(expected, sizeof expected, "\\x%02x", static_cast<unsigned>(byte));
+            CHECK(out == expected);
+        }
+    }
+    CHECK(escape("") == "");
+    CHECK(escape("a\x1b[31m\"b\"\r\n") == "a\\x1b[31m\\\"b\\\"\\x0d\\x0a");
+}
+
+TEST_CASE("lookup finds a name, never a value, in an environ block") {
+    const string block = "A\0B\0B\0b\0EMPTY\0\0PATH\0/x\0"s;
+    const Exact exact(block);
+    CHECK(lookup(exact.view(), "A") == "B");
+    CHECK(lookup(exact.view(), "B") == "b");
+    CHECK(lookup(exact.view(), "EMPTY") == "");
+    CHECK(lookup(exact.view(), "PATH") == "/x");
+    CHECK(lookup(exact.view(), "b") == "");
+    CHECK(lookup(exact.view(), "PAT") == "");
+    CHECK(lookup(exact.view(), "/x") == "");
+    CHECK(lookup("", "A") == "");
+}
+
+TEST_CASE("head_field finds a field by its name in any case") {
+    const Exact head("HTTP/1.1 200 OK\r\nA:  b \r\nLong-Name: c: d\r\nEmpty:\r\nLast: x\r\n\r\n");
+    CHECK(head_field(head.view(), "a") == "b");
+    CHECK(head_field(head.view(), "LONG-NAME") == "c: d");
+    CHECK(head_field(head.view(), "Empty") == "");
+    CHECK(head_field(head.view(), "last") == "x");
+    CHECK(head_field(head.view(), "long") == "");
+    CHECK(head_field(head.view(), "c") == "");
+    CHECK(head_field("", "a") == "");
+}
+
+TEST_CASE("basic_user reads the user of a Basic authorization") {
+    const struct {
+        string credentials, user;
+    } cases[] = {
+        {"Basic dXNlcjpwYXNz", "user"},              // user:pass
+        {"basic dXNlcjpwYXNz", "user"},
+        {"BASIC   dXNlcjpwYXNz  ", "user"},
+        {"Basic dTo=", "u"},                         // u:
+        {"Basic dTo", "u"},                          // without its padding
+        {"Basic dXNlcjpwYTpzcw==", "user"},          // user:pa:ss
+        {"Basic OnB3", ""},                          // :pw
+        {"Basic dXNlcg==", ""},                      // no colon
+        {"Basic YQoiYjpj", "a\n\"b"},                // the log escapes it
+        {"Basic w6k6eA==", "\xc3\xa9"},
+        {"Basic", ""},
+        {"Basic ", ""},
+        {"Basic !!!!", ""},
+        {"Bearer dXNlcjpwYXNz", ""},
+        {"Basicx dXNlcjpwYXNz", ""},
+        {"", ""},
+    };
+    for (const auto& row : cases) {
+        CAPTURE(row.credentials);
+        CHECK(basic_user(Exact(row.credentials).view()) == row.user);
+    }
+}
+
+TEST_CASE("every atom of the access log has its value, or a dash") {
+    const string env =
+        "REQUEST_METHOD\0PUT\0PATH_INFO\0/a b\0QUERY_STRING\0q=1\0SERVER_PROTOCOL\0HTTP/1.1\0"
+        "REMOTE_ADDR\0" "10.0.0.9\0HTTP_REFERER\0http://r/\0HTTP_USER_AGENT\0curl\0"
+        "HTTP_AUTHORIZATION\0Basic dXNlcjpwYXNz\0HTTP_X_FORWARDED_FOR\0" "1.2.3.4\0"
+        "CONTENT_TYPE\0a/b\0"s;
+    const string head = "HTTP/1.1 201 Created\r\nContent-Type: c/d\r\nX-Id: 7\r\n\r\n";
+    Access full, none;
+    full.env = env;
+    full.head = head;
+    full.line = "PUT /a%20b?q=1 HTTP/1.1";
+    full.peer = "10.0.0.9";
+    full.status = 201;
+    full.body_bytes = 1234;
+    full.took = std::chrono::microseconds(2'003'004);
+    none.status = 400;
+    const string pid = "<" + to_string(::getpid()) + ">";
+    const struct {
+        string atom, value, without;  // without: for a request of which nothing is known
+    } cases[] = {
+        {"%(h)s", "10.0.0.9", ""},
+        {"%(l)s", "-", "-"},
+        {"%(u)s", "user", "-"},
+        {"%(r)s", "PUT /a%20b?q=1 HTTP/1.1", "-"},
+        {"%(m)s", "PUT", "-"},
+        {"%(U)s", "/a b", "-"},
+        {"%(q)s", "q=1", ""},
+        {"%(H)s", "HTTP/1.1", "-"},
+        {"%(s)s", "201", "400"},
+        {"%(B)s", "1234", "0"},
+        {"%(b)s", "1234", "-"},
+        {"%(f)s", "http://r/", "-"},
+        {"%(a)s", "curl", "-"},
+        {"%(T)s", "2", "0"},
+        {"%(M)s", "2003", "0"},
+        {"%(D)s", "2003004", "0"},
+        {"%(L)s", "2.003004", "0.000000"},
+        {"%(p)s", pid, pid},
+        {"%({X-Forwarded-For}i)s", "1.2.3.4", "-"},
+        {"%({x-forwarded-for}i)s", "1.2.3.4", "-"},
+        {"%({Content-Type}i)s", "a/b", "-"},
+        {"%({missing}i)s", "-", "-"},
+        {"%({content-type}o)s", "c/d", "-"},
+        {"%({X-Id}o)s", "7", "-"},
+        {"%({missing}o)s", "-", "-"},
+        {"%({REQUEST_METHOD}e)s", "PUT", "-"},
+        {"%({MISSING}e)s", "-", "-"},
+        {"%(z)s", "-", "-"},
+        {"%()s", "-", "-"},
+        {"%({}i)s", "-", "-"},
+        {"plain text", "plain text", "plain text"},
+        {"%(h", "%(h", "%(h"},
+        {"a\"%(s)s\"%(s)s", "a\"201\"201", "a\"400\"400"},
+        {"", "", ""},
+    };
+    for (const auto& row : cases) {
+        CAPTURE(row.atom);
+        const Exact format(row.atom);
+        CHECK(access_line(format.view(), full) == row.value + "\n");
+        CHECK(access_line(format.view(), none) == row.without + "\n");
+    }
+    const auto now = [] {
+        char text[64];
+        const time_t seconds_now = std::time(nullptr);
+        struct tm parts {};
+        ::localtime_r(&seconds_now, &parts);
+        return string(text, std::strftime(text, sizeof text, "[%d/%b/%Y:%H:%M:%S %z]\n", &parts));
+    };
+    const string before = now(), line = access_line("%(t)s", full), after = now();
+    CHECK((line == before || line == after));
+    CHECK(access_line(Config{}.access_log_format, full) ==
+          "10.0.0.9 - user " + access_line("%(t)s", full).substr(0, before.size() - 1) +
+              " \"PUT /a%20b?q=1 HTTP/1.1\" 201 1234 \"http://r/\" \"curl\"\n");
+}
+
+TEST_CASE("nothing that a client sent can break a line of the access log") {
+    const string evil = "\x1b[2J\"\\\n\r\t\x7f\x01";
+    const string escaped = "\\x1b[2J\\\"\\\\\\x0a\\x0d\\x09\\x7f\\x01";
+    string block;
+    for (const char* name : {"REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "SERVER_PROTOCOL",
+                             "HTTP_REFERER", "HTTP_USER_AGENT", "HTTP_X"}) {
+        ((((block += name) += '\0') += evil) += '\0');
+    }
+    block += "HTTP_AUTHORIZATION\0Basic GwoiOng=\0"s;  // ESC LF " :x
+    Access access;
+    access.env = block;
+    access.head = "HTTP/1.1 200 OK\r\nX: a\"b\\c\x1b\r\n\r\n";
+    access.line = evil;
+    access.peer = evil;
+    const string atoms[] = {"%(h)s", "%(r)s", "%(m)s", "%(U)s", "%(q)s", "%(H)s", "%(f)s",
+                            "%(a)s", "%({x}i)s", "%({PATH_INFO}e)s"};
+    for (const string& atom : atoms) {
+        CAPTURE(atom);
+        CHECK(access_line(atom, access) == escaped + "\n");
+    }
+    CHECK(access_line("%(u)s", access) == "\\x1b\\x0a\\\"\n");
+    CHECK(access_line("%({x}o)s", access) == "a\\\"b\\\\c\\x1b\n");
+}
+
+// --- unit tests: processes, files, descriptors ------------------------------
+
+bool is_open(int fd) { return ::fcntl(fd, F_GETFD) >= 0; }
+
+TEST_CASE("an Fd closes its descriptor once, and only the one that it owns") {
+    const int a = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+    const int b = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+    REQUIRE(is_open(a));
+    REQUIRE(is_open(b));
+    {
+        Fd empty;
+        CHECK_FALSE(static_cast<bool>(empty));
+        CHECK(empty.get() == -1);
+        Fd first(a);
+        CHECK(first.get() == a);
+        Fd second(std::move(first));
+        CHECK(first.get() == -1);
+        CHECK(second.get() == a);
+        Fd& alias = second;
+        second = std::move(alias);
+        CHECK(second.get() == a);
+        CHECK(is_open(a));
+        Fd third(b);
+        third = std::move(second);  // closes what it had
+        CHECK_FALSE(is_open(b));
+        CHECK(is_open(a));
+        CHECK(third.get() == a);
+        const int released = third.release();
+        CHECK(released == a);
+        CHECK_FALSE(static_cast<bool>(third));
+        third.reset(a);
+        CHECK(is_open(a));
+    }
+    CHECK_FALSE(is_open(a));
+    Fd zero(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+    const int number = zero.get();
+    zero.reset();
+    CHECK_FALSE(is_open(number));
+    CHECK_FALSE(static_cast<bool>(zero));
+    static_assert(!std::is_copy_constructible_v<Fd> && !std::is_copy_assignable_v<Fd>);
+}
+
+/// Takes everything out of a spool, in pieces of odd sizes.
+string drain(Spool& spool) {
+    string all;
+    for (size_t take = 1;; take = take % 9973 * 3 + 1) {
+        const string_view front = spool.front();
+        if (front.empty()) { return all; }
+        const string_view piece = front.substr(0, take);
+        all += piece;
+        spool.pop(piece.size());
+    }
+}
+
+string pattern(size_t size) {
+    string text(size, '\0');
+    Random random;
+    for (char& c : text) { c = static_cast<char>(random.below(256)); }
+    return text;
+}
+
+TEST_CASE("a spool keeps the first bytes in memory, the rest in a file, and their order") {
+    Spool spool;
+    CHECK(spool.size() == 0);
+    CHECK(spool.front().empty());
+    spool.append("", 10);
+    CHECK(spool.size() == 0);
+    spool.append("hello", 10);
+    spool.append("world", 10);
+    CHECK(spool.memory() == 10);  // as much as the limit allows
+    CHECK(spool.stored() == 0);
+    CHECK_FALSE(static_cast<bool>(spool.file()));
+    spool.append("!", 10);
+    CHECK(spool.memory() == 10);
+    CHECK(spool.stored() == 1);
+    CHECK(static_cast<bool>(spool.file()));
+    CHECK_FALSE(spool.full());
+    CHECK_FALSE(spool.failed());
+    struct stat info {};
+    CHECK(::fstat(spool.file().get(), &info) == 0);
+    CHECK(info.st_nlink == 0);
+    CHECK((::fcntl(spool.file().get(), F_GETFD) & FD_CLOEXEC) != 0);
+    spool.append(" and more", 1000);  // behind what is in the file, whatever the limit
+    CHECK(spool.stored() == 10);
+    CHECK(spool.size() == 20);
+    CHECK(drain(spool) == "helloworld! and more");
+    CHECK(spool.size() == 0);
+    spool.append("again", 10);
+    CHECK(spool.memory() == 5);
+    CHECK(drain(spool) == "again");
+    spool.append("limit 0: straight to the file", 0);
+    CHECK(spool.memory() == 0);
+    CHECK(drain(spool) == "limit 0: straight to the file");
+}
+
+TEST_CASE("a spool gives back what was put in, whatever the sizes and the order") {
+    const string source = pattern(200000);
+    Random random;
+    Spool spool;
+    string expected;
+    size_t taken = 0;
+    bool same = true, sizes = true;
+    for (int round = 0; round < 800; ++round) {
+        if (random.below(2) != 0) {
+            const string data = source.substr(random.below(100000), random.below(30000));
+            spool.append(data, random.below(4) * 20000);
+            expected += data;
+        }
+        for (size_t pops = random.below(4); pops-- > 0;) {
+            const string_view piece = spool.front().substr(0, random.below(20000));
+            same = same && piece == string_view(expected).substr(taken, piece.size());
+            spool.pop(piece.size());
+            taken += piece.size();
+        }
+        sizes = sizes && spool.size() == static_cast<int64_t>(expected.size() - taken);
+    }
+    CHECK(same);
+    CHECK(sizes);
+    CHECK(taken > 1000000);
+    CHECK(drain(spool) == expected.substr(taken));
+    CHECK_FALSE(spool.failed());
+}
+
+TEST_CASE("a spool that cannot make its file keeps all bytes, and says so") {
+    const TempDir dir;
+    const SetEnv missing("TMPDIR", (dir.path + "/missing").c_str());
+    Spool spool;
+    spool.append("0123456789", 10);
+    CHECK_FALSE(spool.failed());
+    CHECK_FALSE(spool.full());
+    spool.append("abc", 10);
+    CHECK(spool.failed());
+    CHECK(spool.full());
+    spool.append("def", 1000);
+    const SetEnv back("TMPDIR", dir.path.c_str());
+    spool.append("ghi", 10);  // must not overtake, though there is room for a file again
+    CHECK(spool.size() == 19);
+    CHECK(drain(spool) == "0123456789abcdefghi");
+    CHECK(spool.size() == 0);
+}
+
+TEST_CASE("a spool whose disk fills up midway loses nothing and doubles nothing") {
+    struct rlimit before {}, small {};
+    ::getrlimit(RLIMIT_FSIZE, &before);
+    small = before;
+    small.rlim_cur = 100000;
+    const auto handler = ::signal(SIGXFSZ, SIG_IGN);
+    ::setrlimit(RLIMIT_FSIZE, &small);
+    const string data = pattern(240000);
+    Spool spool;
+    for (size_t at = 0; at < data.size(); at += 60000) {
+        spool.append(string_view(data).substr(at, 60000), 60000);
+    }
+    ::setrlimit(RLIMIT_FSIZE, &before);
+    ::signal(SIGXFSZ, handler);
+    CHECK(spool.failed());
+    CHECK(spool.full());
+    CHECK(spool.size() == static_cast<int64_t>(data.size()));
+    CHECK(spool.stored() == 60000);
+    CHECK((drain(spool) == data));
+    CHECK_FALSE(spool.failed());
+    spool.append(data, 0);  // the disk has room again
+    CHECK(spool.stored() == static_cast<int64_t>(data.size()));
+    CHECK((drain(spool) == data));
+}
+
+TEST_CASE("a spool with a gibibyte in its file is full") {
+    Spool spool;
+    spool.adopt_file(Fd(::open("/dev/null", O_RDWR | O_CLOEXEC)), (int64_t{1} << 30) - 1);
+    CHECK_FALSE(spool.full());
+    spool.append("x", 0);
+    CHECK(spool.full());
+    CHECK_FALSE(spool.failed());
+}
+
+TEST_CASE("a spool takes over the file of another, behind its own memory") {
+    Spool from, to;
+    from.append("memory ", 7);
+    from.append("file", 7);
+    to.append(from.front(), 7);
+    to.adopt_file(Fd(::fcntl(from.file().get(), F_DUPFD_CLOEXEC, 3)), from.stored());
+    CHECK(to.size() == 11);
+    CHECK(drain(to) == "memory file");
+}
+
+TEST_CASE("a spool that is never quite empty does not grow") {
+    const auto resident = [] {  // bytes of this process in memory
+        const string text = read_file("/proc/self/statm");
+        return std::atol(text.c_str() + text.find(' ')) * ::sysconf(_SC_PAGESIZE);
+    };
+    const string piece(kPiece, 'x');
+    Spool spool;
+    spool.append("behind", size_t{1} << 20);
+    const long before = resident();
+    for (int i = 0; i < 3000; ++i) {  // 188 MiB go through
+        spool.append(piece, size_t{1} << 20);
+        for (size_t left = piece.size(); left > 0;) {
+            const size_t n = std::min(left, spool.front().size());
+            spool.pop(n);
+            left -= n;
+        }
+    }
+    CHECK(spool.size() == 6);
+    CHECK(resident() - before < (64L << 20));
+}
+
+/// A queue as the workers have it.
+Pair datagram_pair() {
+    int fds[2];
+    REQUIRE(::socketpair(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0, fds) == 0);
+    return {Fd(fds[0]), Fd(fds[1])};
+}
+
+bool send_to(const Pair& queue, string data, const vector<int>& fds) {
+    return send_message(queue.first.get(), data, fds);
+}
+
+TEST_CASE("a message of the ready queue brings its bytes and its descriptors") {
+    const Pair queue = datagram_pair();
+    char buffer[kPiece];
+    vector<Fd> none;
+    CHECK(receive_message(queue.second.get(), buffer, sizeof buffer, none) < 0);  // does not wait
+    for (const size_t n : {size_t{1}, size_t{2}}) {
+        CAPTURE(n);
+        vector<Pair> pipes(n);
+        vector<int> numbers;
+        for (Pair& each : pipes) {
+            Result<Pair> made = make_pipe();
+            REQUIRE_FALSE(static_cast<bool>(made.error));
+            each = std::move(made.value);
+            numbers.push_back(each.second.get());
+        }
+        const string data = "a\0b"s + string(50000, 'x');
+        REQUIRE(send_to(queue, data, numbers));
+        for (Pair& each : pipes) { each.second.reset(); }  // the message alone holds them now
+        vector<Fd> fds;
+        const ssize_t size = receive_message(queue.second.get(), buffer, sizeof buffer, fds);
+        REQUIRE(size == static_cast<ssize_t>(data.size()));
+        CHECK((string_view(buffer, data.size()) == data));
+        REQUIRE(fds.size() == n);
+        for (size_t i = 0; i < n; ++i) {  // in the order in which they were sent
+            CHECK((::fcntl(fds[i].get(), F_GETFD) & FD_CLOEXEC) != 0);
+            const string text = "to " + to_string(i);
+            CHECK(::write(fds[i].get(), text.data(), text.size()) > 0);
+            fds[i].reset();
+            char back[16];
+            CHECK(::read(pipes[i].first.get(), back, sizeof back) ==
+                  static_cast<ssize_t>(text.size()));
+            CHECK(back[3] == static_cast<char>('0' + i));
+            CHECK(::read(pipes[i].first.get(), back, sizeof back) == 0);  // no other writer
+        }
+    }
+}
+
+TEST_CASE("the ready queue keeps the order, refuses when it is full, and takes more later") {
+    const Pair queue = datagram_pair();
+    const Fd null(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+    const int number = null.get();
+    int sent = 0;
+    while (sent < 100000 && send_to(queue, to_string(sent), {number})) { ++sent; }
+    CHECK(sent > 5);
+    CHECK(sent < 100000);
+    char buffer[100];
+    for (int i = 0; i < sent; ++i) {
+        vector<Fd> fds;
+        const ssize_t n = receive_message(queue.second.get(), buffer, sizeof buffer, fds);
+        REQUIRE(n > 0);
+        REQUIRE(string(buffer, static_cast<size_t>(n)) == to_string(i));
+        REQUIRE(fds.size() == 1);
+    }
+    vector<Fd> fds;
+    CHECK(receive_message(queue.second.get(), buffer, sizeof buffer, fds) < 0);
+    CHECK(send_to(queue, "more", {number}));
+    CHECK(receive_message(queue.second.get(), buffer, sizeof buffer, fds) == 4);
+}
+
+TEST_CASE("a message too large for the queue is refused, not cut") {
+    const Pair queue = datagram_pair();
+    const Fd null(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+    const int number = null.get();
+    CHECK_FALSE(send_to(queue, string(8 << 20, 'x'), {number}));
+    char buffer[100];
+    vector<Fd> fds;
+    CHECK(receive_message(queue.second.get(), buffer, sizeof buffer, fds) < 0);
+    CHECK(fds.empty());
+}
+
+TEST_CASE("exit_text names the exit status or the signal") {
+    const auto status_of = [](const std::function<void()>& end) {
+        const pid_t pid = ::fork();
+        if (pid == 0) {
+            end();
+            ::_exit(99);
+        }
+        int status = 0;
+        REQUIRE(::waitpid(pid, &status, 0) == pid);
+        return status;
+    };
+    const string exited = exit_text(status_of([] { ::_exit(43); }));
+    CHECK(contains(exited, "43"));
+    CHECK_FALSE(contains(exited, "signal"));
+    const string killed = exit_text(status_of([] { ::raise(SIGKILL); }));
+    CHECK(contains(killed, "9"));
+    CHECK(contains(killed, ::strsignal(SIGKILL)));
+}
+
+/// Runs a Python program; its output and errors, and "exit N" behind them where it failed.
+string python(const string& source, const string& argument = "") {
+    const TempDir dir;
+    write_file(dir.path + "/program.py", source);
+    const string command = "cd " + dir.path + " && /usr/bin/python3 -W error program.py " +
+                           argument + " >output 2>&1";
+    const int status = std::system(command.c_str());
+    return read_file(dir.path + "/output") + (status == 0 ? "" : "exit " + to_string(status));
+}
+
+TEST_CASE("python_literal gives Python any bytes") {
+    string bytes;
+    for (int byte = 1; byte < 256; ++byte) { bytes += static_cast<char>(byte); }
+    for (const string& text : {""s, "app:app"s, "'\"\\\n'''{}%s"s, bytes}) {
+        CAPTURE(escape(text));
+        CHECK((python("import os\nos.write(1, os.fsencode(" + python_literal(text) + "))\n") ==
+               text));
+    }
+}
+
+TEST_CASE("the runner is Python 3.7, and at most 250 lines of it") {
+    const string runner = kRunner;
+    CHECK(count(runner, "\n") <= 250);
+    CHECK(count(runner, "\n") > 20);
+    const TempDir dir;
+    write_file(dir.path + "/runner.py", runner);
+    const string check =
+        "import ast, sys\n"
+        "with open(sys.argv[1], encoding='ascii') as file: source = file.read()\n"
+        "tree = ast.parse(source, feature_version=(3, 7))\n"
+        "compile(source, 'runner', 'exec')\n"
+        "new = [node for node in ast.walk(tree) if type(node).__name__ in\n"
+        "       ('NamedExpr', 'Match', 'TryStar', 'TypeAlias', 'TemplateStr')\n"
+        "       or getattr(node, 'posonlyargs', None)\n"
+        "       or isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)\n"
+        "       and node.func.attr in ('removeprefix', 'removesuffix')]\n"
+        "print([node.lineno for node in new] or 'fine')\n";
+    CHECK(python(check, dir.path + "/runner.py") == "fine\n");
+    write_file(dir.path + "/newer.py", "if (a := 1): pass\n");  // the check does bite
+    CHECK(contains(python(check, dir.path + "/newer.py"), "SyntaxError"));
+}
+
+TEST_CASE("README.md has a row for every option, with its default") {
+    std::istringstream readme(read_file("README.md"));
+    vector<string> rows;
+    for (string line; std::getline(readme, line);) {
+        if (line.substr(0, 1) == "|") { rows.push_back(line); }
+    }
+    const SetEnv no_port("PORT", nullptr);
+    Config defaults;
+    REQUIRE(!parse_command_line({}, defaults));
+    for (const Option& option : kOptions) {
+        CAPTURE(string(option.name));
+        const auto row = std::find_if(rows.begin(), rows.end(), [&](const string& line) {
+            return line.find("`--"s + option.name + "`") < line.find('|', 1);  // its first column
+        });
+        REQUIRE((row != rows.end()));
+        CAPTURE(*row);
+        const string value = option.get != nullptr ? option.get(defaults) : "";
+        if (!value.empty()) { CHECK(contains(*row, "| `" + value + "` |")); }
+    }
+}
+
+// --- requests: every sentence of the rules, at a real server ----------------
+
+using namespace std::string_literals;
+
+/// Answers with its environ, a line for each text in it, and the body it read.
+constexpr const char* kProbe = R"py(
+def app(environ, start_response):
+    body = environ["wsgi.input"].read()
+    print("app saw", ascii(environ["RAW_URI"]))
+    lines = ["%s=%s" % item for item in environ.items() if isinstance(item[1], str)]
+    lines.append("body=" + body.decode("latin-1"))
+    data = ("\n" + "\n".join(lines) + "\n").encode("latin-1")
+    start_response("200 OK", [("Content-Length", str(len(data)))])
+    return [data]
+)py";
+
+string field(const Reply& reply, const string& name) {
+    const auto found = reply.fields.find(name);
+    return found != reply.fields.end() ? found->second : "";
+}
+
+bool has_line(const string& text, const string& line) { return contains(text, "\n" + line + "\n"); }
+
+/// A request on HTTP/1.1, from its line without the version, further fields and a body.
+string http(const string& line, const string& fields = "", const string& body = "") {
+    return line + " HTTP/1.1\r\nHost: x\r\n" + fields + "\r\n" + body;
+}
+
+/// A request with a Content-Length.
+string sized(const string& line, const string& body, const string& fields = "") {
+    return http(line, fields + "Content-Length: " + to_string(body.size()) + "\r\n", body);
+}
+
+string chunks(const string& body) {
+    return http("POST /", "Transfer-Encoding: chunked\r\n", body);
+}
+
+/// As request(), for a connection that has to end in order: a reset can take an answer with it.
+Reply exchange(Client client, string_view bytes, bool half_close = false) {
+    CHECK(client.send(bytes));
+    if (half_close) { client.half_close(); }
+    Reply reply(client.read_all());
+    CHECK_FALSE(client.was_reset);
+    return reply;
+}
+
+/// What the server says in its own name: complete, closed, once each field, nothing but itself.
+void check_error_page(const Reply& reply, int status, bool body = true) {
+    INFO("answer: ", reply.raw);
+    CHECK(reply.status == status);
+    CHECK(field(reply, "connection") == "close");
+    CHECK(count(reply.head, "\nDate: ") == 1);
+    CHECK(count(reply.head, "\nServer: ") == 1);
+    CHECK(field(reply, "content-type").substr(0, 5) == "text/");
+    CHECK(std::atoi(field(reply, "content-length").c_str()) > 0);
+    CHECK((body ? reply.whole : reply.body.empty()));
+}
+
+struct RequestRow {
+    string title, bytes;
+    int status = 200;
+};
+
+/// Sends every row to one server: the app sees the good ones, each gets an answer and a log line.
+void check_rows(const vector<RequestRow>& rows, const vector<string>& options = {}) {
+    vector<string> args{"-w", "1"};
+    args.insert(args.end(), options.begin(), options.end());
+    const Server server(kProbe, args);
+    size_t good = 0;
+    for (const RequestRow& row : rows) {
+        CAPTURE(row.title);
+        const bool head_only = row.bytes.compare(0, 4, "HEAD") == 0;
+        const Reply reply = exchange(Client(server), row.bytes);
+        if (row.status == 200) {
+            CHECK(reply.status == 200);
+            ++good;
+        } else {
+            check_error_page(reply, row.status, !head_only);
+        }
+    }
+    CHECK(get(server, "/last").status == 200);
+    CHECK(server.log_has("app saw '/last'"));
+    CHECK(count(server.log(), "app saw") == good + 1);
+    CHECK(wait_for([&] { return count(server.access(), "\n") == rows.size() + 1; }));
+}
+
+TEST_CASE("methods, targets and versions that are refused, and those that are not") {
+    const string end = "\r\nHost: x\r\n\r\n";
+    check_rows({
+        {"a method of two letters", http("GE /"), 400},
+        {"a method of three", http("GET /")},
+        {"a method of twenty", http("ABCDEFGHIJKLMNOPQRST /")},
+        {"a method of twenty-one", http("ABCDEFGHIJKLMNOPQRSTU /"), 400},
+        {"a method in lower case", http("get /"), 400},
+        {"a method with one lower-case letter", http("GEt /"), 400},
+        {"a method that is a token", http("M-SEARCH /")},
+        {"a method that is no token", http("G@T /"), 400},
+        {"CONNECT", http("CONNECT x:443"), 501},
+        {"a relative target", http("GET index.html"), 400},
+        {"no target", http("GET "), 400},
+        {"a blank in the target", http("GET /a b"), 400},
+        {"a tab in the target", http("GET /a\tb"), 400},
+        {"a control character in the target", http("GET /a\x01"), 400},
+        {"DEL in the target", http("GET /a\x7f"), 400},
+        {"NUL in the target", http("GET /a\0b"s), 400},
+        {"a bare CR in the target", http("GET /a\rb"), 400},
+        {"%00 in the path", http("GET /a%00b"), 400},
+        {"%00 in the query", http("GET /a?%00b")},
+        {"userinfo in the target", http("GET http://user@x/"), 400},
+        {"a target with a malformed host", http("GET http://[::1/"), 400},
+        {"a target with a port that is none", http("GET http://x:y/"), 400},
+        {"another scheme", http("GET ftp://x/"), 400},
+        {"* with GET", http("GET *"), 400},
+        {"* with OPTIONS", http("OPTIONS *")},
+        {"HTTP/1.0", "GET / HTTP/1.0\r\n\r\n"},
+        {"HTTP/1.7", "GET / HTTP/1.7" + end},
+        {"HTTP/2.0", "GET / HTTP/2.0" + end, 505},
+        {"the preface of HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505},
+        {"HTTP/0.9", "GET / HTTP/0.9" + end, 505},
+        {"no version", "GET /" + end, 400},
+        {"a version without a number", "GET / HTTP/" + end, 400},
+        {"another protocol", "GET / ICY/1.1" + end, 400},
+        {"one empty line before the request line", "\r\n" + http("GET /")},
+        {"two empty lines before the request line", "\r\n\r\n" + http("GET /"), 400},
+    });
+}
+
+TEST_CASE("fields that are refused, and those that are not") {
+    const auto one = [](const string& line) { return http("GET /", line + "\r\n"); };
+    const auto host = [](const string& value) {
+        return "GET / HTTP/1.1\r\nHost: " + value + "\r\n\r\n";
+    };
+    check_rows({
+        {"no Host", "GET / HTTP/1.1\r\n\r\n"},
+        {"an empty Host", host("")},
+        {"a Host with a port", host("example.org:8080")},
+        {"a Host of sub-delims", host("a!$&'()*+,;=b")},
+        {"a v6 Host", host("[::1]:80")},
+        {"two Hosts", one("Host: x"), 400},
+        {"two Hosts, and HEAD", "HEAD / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400},
+        {"a blank in Host", host("a b"), 400},
+        {"userinfo in Host", host("u@a"), 400},
+        {"a path in Host", host("a/b"), 400},
+        {"a Host with a port that is none", host("a:x"), 400},
+        {"a Host with two ports", host("a:1:2"), 400},
+        {"a Host without the second bracket", host("[::1"), 400},
+        {"two Content-Types", one("Content-Type: a/b\r\nContent-Type: a/b"), 400},
+        {"obs-fold", one("A: b\r\n c"), 400},
+        {"obs-fold with a tab", one("A: b\r\n\tc"), 400},
+        {"a blank before the first field", "GET / HTTP/1.1\r\n Host: x\r\n\r\n", 400},
+        {"a blank before the colon", one("A : b"), 400},
+        {"an empty name", one(": b"), 400},
+        {"no colon", one("A"), 400},
+        {"a name that is no token", one("A(b): c"), 400},
+        {"a bare CR in a value", one("A: b\rc"), 400},
+        {"a bare LF in a value", one("A: b\nc"), 400},
+        {"a bare LF at a line's end", "GET / HTTP/1.1\nHost: x\r\n\r\n", 400},
+        {"a bare LF at the head's end", "GET / HTTP/1.1\r\nHost: x\r\n\n", 400},
+        {"NUL in a value", one("A: b\0c"s), 400},
+        {"ESC in a value", one("A: b\x1b"), 400},
+        {"a tab in a value", one("A: b\tc")},
+        {"bytes above ASCII in a value", one("A: \xe9")},
+        {"another expectation", one("Expect: 200-ok"), 417},
+    });
+}
+
+TEST_CASE("framings that are refused, and those that are not") {
+    const auto length = [](const string& value) {
+        return http("POST /", "Content-Length: " + value + "\r\n", "12345");
+    };
+    const auto coding = [](const string& value, const string& fields = "") {
+        return http("POST /", fields + "Transfer-Encoding: " + value + "\r\n", "0\r\n\r\n");
+    };
+    const string chunked = "Transfer-Encoding: chunked\r\n", last = "\r\n0\r\n\r\n";
+    check_rows({
+        {"a Content-Length", length("5")},
+        {"a list of Content-Lengths", length("5, 5"), 400},
+        {"a Content-Length with a plus", length("+5"), 400},
+        {"a negative Content-Length", length("-5"), 400},
+        {"a blank inside the Content-Length", length("5 5"), 400},
+        {"a hexadecimal Content-Length", length("0x5"), 400},
+        {"an empty Content-Length", length(""), 400},
+        {"two Content-Lengths", length("5\r\nContent-Length: 5"), 400},
+        {"a Content-Length of 2^63", length("9223372036854775808"), 400},
+        {"a Content-Length of 2^63 - 1: a number, too large", length("9223372036854775807"), 413},
+        {"a body over the default of 1 GiB", length("1073741825"), 413},
+        {"chunked", coding("chunked")},
+        {"chunked in capitals", coding("CHUNKED")},
+        {"chunked on HTTP/1.0", "POST / HTTP/1.0\r\n" + chunked + "\r\n0\r\n\r\n", 400},
+        {"chunked with a Content-Length", coding("chunked", "Content-Length: 5\r\n"), 400},
+        {"chunked before a Content-Length", coding("chunked\r\nContent-Length: 5"), 400},
+        {"chunked twice", coding("chunked, chunked"), 400},
+        {"chunked in two fields", coding("chunked", chunked), 400},
+        {"chunked not last", coding("chunked, gzip"), 400},
+        {"a malformed coding", coding("chun ked"), 400},
+        {"an empty coding", coding(""), 400},
+        {"another coding", coding("gzip"), 501},
+        {"another coding before chunked", coding("gzip, chunked"), 501},
+        {"identity", coding("identity"), 501},
+        {"chunks", chunks("3\r\nabc\r\nA\r\n0123456789\r\n0\r\n\r\n")},
+        {"sixteen digits", chunks("0000000000000003\r\nabc" + last)},
+        {"seventeen digits", chunks("00000000000000003\r\nabc" + last), 400},
+        {"a size with 0x", chunks("0x3\r\nabc" + last), 400},
+        {"a size with a sign", chunks("+3\r\nabc" + last), 400},
+        {"no size", chunks("\r\nabc" + last), 400},
+        {"an extension", chunks("3;a=b;c=\"d\"\r\nabc" + last)},
+        {"a size line of 8 KiB", chunks("3;" + string(8190, 'a') + "\r\nabc" + last)},
+        {"a size line over 8 KiB", chunks("3;" + string(8191, 'a') + "\r\nabc" + last), 400},
+        {"a size line without CR", chunks("3\nabc" + last), 400},
+        {"chunk data without CRLF", chunks("3\r\nabc0\r\n\r\n"), 400},
+        {"chunk data with LF alone", chunks("3\r\nabc\n0\r\n\r\n"), 400},
+        {"a trailer", chunks("3\r\nabc\r\n0\r\nX-Sum: 1\r\n\r\n")},
+        {"a folded trailer", chunks("0\r\nA: b\r\n c\r\n\r\n"), 400},
+        {"a trailer without CR", chunks("0\r\nA: b\n\r\n"), 400},
+        {"Content-Length in the trailers", chunks("0\r\nContent-Length: 3\r\n\r\n"), 400},
+        {"Transfer-Encoding in the trailers", chunks("0\r\nTransfer-Encoding: a\r\n\r\n"), 400},
+        {"Host in the trailers", chunks("0\r\nHost: y\r\n\r\n"), 400},
+        {"a long trailer", chunks("0\r\nA: " + string(9000, 'a') + "\r\n\r\n"), 431},
+    });
+}
+
+/// "F: 1" n times.
+string many_fields(size_t n, const string& field_line = "F: 1") {
+    string text;
+    for (size_t i = 0; i < n; ++i) { text += field_line + "\r\n"; }
+    return text;
+}
+
+TEST_CASE("limits: 414 for the request line, 431 for fields and trailers, 413 for the body") {
+    const auto line = [](size_t n) { return http("GET /" + string(n - 14, 'a')); };
+    const auto one = [](size_t n) { return http("GET /", "A: " + string(n - 3, 'b') + "\r\n"); };
+    const string two_chunks = "4\r\nabcd\r\n4\r\nabcd\r\n0\r\n\r\n";
+    check_rows(
+        {
+            {"a request line at its limit", line(60)},
+            {"a request line over it", line(61), 414},
+            {"a request line that never ends", "GET /" + string(4000, 'a'), 414},
+            {"five fields", http("GET /", many_fields(4))},
+            {"six fields", http("GET /", many_fields(5)), 431},
+            {"fields with _ count", http("GET /", many_fields(5, "A_b: 1")), 431},
+            {"a field at its limit", one(58)},
+            {"a field over it", one(61), 431},
+            {"a long field with _", http("GET /", "A_b: " + string(60, 'a') + "\r\n"), 431},
+            {"a field that never ends", "GET / HTTP/1.1\r\nA: " + string(4000, 'a'), 431},
+            {"HEAD, and a long field", "HEAD / HTTP/1.1\r\nA: " + string(99, 'a'), 431},
+            {"a body at its limit", sized("POST /", "1234567")},
+            {"a body over it", sized("POST /", "12345678"), 413},
+            {"chunks at the limit", chunks("7\r\n1234567\r\n0\r\n\r\n")},
+            {"chunks over it", chunks(two_chunks), 413},
+            {"too many trailers", chunks("0\r\n" + many_fields(6) + "\r\n"), 431},
+            {"a trailer over the limit", chunks("0\r\nA: " + string(60, 'b') + "\r\n\r\n"), 431},
+        },
+        {"--limit-request-line", "60", "--limit-request-fields", "5", "--limit-request-field_size",
+         "60", "--limit-request-body=7"});
+    check_rows(
+        {
+            {"0 for the line", http("GET /" + string(800'000, 'a'))},
+            {"but for the cap on the head", http("GET /" + string(1'100'000, 'a')), 414},
+            {"0 for a field: the default", one(8180)},
+            {"and more", one(8200), 431},
+            {"a great many fields", http("GET /", many_fields(150))},
+            {"but for the cap", http("GET /", many_fields(150, "F: " + string(7500, 'a'))), 431},
+        },
+        {"--limit-request-line=0", "--limit-request-field_size=0", "--limit-request-fields=200"});
+    check_rows(
+        {
+            {"a line beyond gunicorn's limits", line(19'000)},
+            {"a field beyond them", one(19'000)},
+            {"a line over the limit", line(20'001), 414},
+            {"a field over the limit", one(20'003), 431},
+        },
+        {"--limit-request-line=20000", "--limit-request-field_size=20000"});
+}
+
+string local_port(const Client& client) {
+    sockaddr_in address{};
+    socklen_t size = sizeof address;
+    ::getsockname(client.fd.get(), reinterpret_cast<sockaddr*>(&address), &size);
+    return to_string(ntohs(address.sin_port));
+}
+
+TEST_CASE("the environ tells what the client sent") {
+    struct Row {
+        string title, bytes;
+        vector<string> lines, absent;  // lines of the answer; beginnings of lines
+    };
+    const auto with = [](const string& fields) { return http("GET /", fields); };
+    const string chunk = "Transfer-Encoding: chunked\r\n";
+    const vector<Row> rows = {
+        {"a target of everything", http("GET /a%20b/%C3%A9%2f?c=%20d+e#f?g"),
+         {"REQUEST_METHOD=GET", "SCRIPT_NAME=", "PATH_INFO=/a b/\xc3\xa9/", "QUERY_STRING=c=%20d+e",
+          "RAW_URI=/a%20b/%C3%A9%2f?c=%20d+e#f?g", "REQUEST_URI=/a%20b/%C3%A9%2f?c=%20d+e#f?g",
+          "SERVER_PROTOCOL=HTTP/1.1", "HTTP_HOST=x", "wsgi.url_scheme=http"}, {}},
+        {"a fragment without a query", http("GET /a#b?c"),
+         {"PATH_INFO=/a", "QUERY_STRING=", "RAW_URI=/a#b?c"}, {}},
+        {"malformed escapes", http("GET /%zz%4%"), {"PATH_INFO=/%zz%4%"}, {}},
+        {"raw bytes", http("GET /\xe9\xff?\xe8"), {"PATH_INFO=/\xe9\xff", "QUERY_STRING=\xe8"}, {}},
+        {"two slashes", http("GET //a//b"), {"PATH_INFO=//a//b"}, {}},
+        {"the absolute form", http("GET http://real:81/p?q"),
+         {"HTTP_HOST=real:81", "PATH_INFO=/p", "QUERY_STRING=q", "RAW_URI=http://real:81/p?q"}, {}},
+        {"the absolute form without Host", "GET http://real/p HTTP/1.1\r\n\r\n",
+         {"HTTP_HOST=real", "PATH_INFO=/p"}, {}},
+        {"the absolute form without a path", http("GET http://real?q"),
+         {"HTTP_HOST=real", "PATH_INFO=/", "QUERY_STRING=q"}, {}},
+        {"OPTIONS *", http("OPTIONS *"), {"PATH_INFO=*", "RAW_URI=*"}, {}},
+        {"no Host", "GET / HTTP/1.1\r\n\r\n", {"PATH_INFO=/"}, {"HTTP_HOST"}},
+        {"HTTP/1.0", "GET / HTTP/1.0\r\n\r\n", {"SERVER_PROTOCOL=HTTP/1.0"}, {}},
+        {"HTTP/1.7 is served as 1.1", "GET / HTTP/1.7\r\n\r\n", {"SERVER_PROTOCOL=HTTP/1.1"}, {}},
+        {"no Content-Length", http("GET /"), {"body="}, {"CONTENT_LENGTH", "HTTP_CONTENT_LENGTH"}},
+        {"a Content-Length of 0", sized("GET /", ""), {"CONTENT_LENGTH=0", "body="}, {}},
+        {"a body", sized("POST /", "ab\0c"s, "Content-Type: text/x\r\n"),
+         {"CONTENT_LENGTH=4", "body=ab\0c"s, "CONTENT_TYPE=text/x"},
+         {"HTTP_CONTENT_LENGTH", "HTTP_CONTENT_TYPE"}},
+        {"chunks", chunks("3;x=y\r\nabc\r\n2\r\nde\r\n0\r\nX-Sum: 1\r\n\r\n"),
+         {"CONTENT_LENGTH=5", "body=abcde"}, {"HTTP_X_SUM"}},
+        {"no chunk", chunks("0\r\n\r\n"), {"CONTENT_LENGTH=0", "body="}, {}},
+        {"names with _", with("A_B: 1\r\nContent_Length: 5\r\nX-Real: 2\r\n"), {"HTTP_X_REAL=2"},
+         {"HTTP_A_B", "CONTENT_LENGTH", "HTTP_CONTENT_LENGTH"}},
+        {"_ cannot stand for -", with("X_User: evil\r\nX-User: me\r\n"), {"HTTP_X_USER=me"}, {}},
+        {"Proxy", with("Proxy: http://evil\r\nPROXY: x\r\n"), {"PATH_INFO=/"}, {"HTTP_PROXY"}},
+        {"repeated fields", with("A: 1\r\nB: 2\r\na: 3\r\n"), {"HTTP_A=1,3", "HTTP_B=2"}, {}},
+        {"two Cookies", with("Cookie: a=1\r\ncookie: b=2\r\n"), {"HTTP_COOKIE=a=1; b=2"}, {}},
+        {"blanks around a value", with("A: \t b c \t\r\nB:d\r\nC:\r\n"),
+         {"HTTP_A=b c", "HTTP_B=d", "HTTP_C="}, {}},
+        {"X-Forwarded-For is only a header", with("X-Forwarded-For: 9.9.9.9\r\n"),
+         {"HTTP_X_FORWARDED_FOR=9.9.9.9", "REMOTE_ADDR=127.0.0.1"}, {}},
+    };
+    const Server server(kProbe, {"-w", "1"});
+    for (const Row& row : rows) {
+        CAPTURE(row.title);
+        const Reply reply = exchange(Client(server), row.bytes);
+        CAPTURE(reply.body);
+        CHECK(reply.status == 200);
+        for (const string& line : row.lines) { CHECK_MESSAGE(has_line(reply.body, line), line); }
+        for (const string& name : row.absent) {
+            CHECK_MESSAGE(!contains(reply.body, "\n" + name + "="), name);
+        }
+    }
+    Client client(server);
+    client.send(http("GET /"));
+    const string answer = client.read_all();
+    CHECK(has_line(answer, "SERVER_NAME=127.0.0.1"));
+    CHECK(has_line(answer, "SERVER_PORT=" + to_string(server.port())));
+    CHECK(has_line(answer, "REMOTE_ADDR=127.0.0.1"));
+    CHECK(has_line(answer, "REMOTE_PORT=" + local_port(client)));
+}
+
+TEST_CASE("on a unix socket the environ takes its names from Host, and there is no peer") {
+    const TempDir dir;
+    const string path = dir.path + "/sock";
+    const Server server(kProbe, {"-w", "1", "-b", "unix:" + path});
+    const auto ask = [&](const string& fields) {
+        const string head = "GET / HTTP/1.1\r\n" + fields + "\r\n";
+        const Reply reply = exchange(Client(path), head);
+        CHECK(reply.status == 200);
+        return reply.body;
+    };
+    const string body = ask("Host: example.org:81\r\n");
+    CHECK(has_line(body, "SERVER_NAME=example.org"));
+    CHECK(has_line(body, "SERVER_PORT=81"));
+    CHECK(has_line(body, "HTTP_HOST=example.org:81"));
+    CHECK(has_line(body, "REMOTE_ADDR="));
+    CHECK(has_line(body, "REMOTE_PORT="));
+    const string plain = ask("Host: example.org\r\n");
+    CHECK(has_line(plain, "SERVER_NAME=example.org"));
+    CHECK(has_line(plain, "SERVER_PORT=80"));
+    CHECK(has_line(ask("Host: [::1]:81\r\n"), "SERVER_PORT=81"));
+    CHECK(has_line(ask(""), "SERVER_PORT=80"));
+    REQUIRE(wait_for([&] { return count(server.access(), "\n") == 4; }));
+    CHECK_MESSAGE(server.access().compare(0, 5, " - - ") == 0, server.access());
+}
+
+TEST_CASE("SCRIPT_NAME comes from the process environment and is cut from PATH_INFO") {
+    const Server server(kProbe, {"-w", "1", "-e", "SCRIPT_NAME=/pre"});
+    const vector<vector<string>> rows = {
+        {"/pre/a%20b", "SCRIPT_NAME=/pre", "PATH_INFO=/a b", "RAW_URI=/pre/a%20b"},
+        {"/pre", "SCRIPT_NAME=/pre", "PATH_INFO=", "RAW_URI=/pre"},
+        {"/prefix", "PATH_INFO=/prefix", "RAW_URI=/prefix"},
+    };
+    for (const vector<string>& row : rows) {
+        const Reply reply = get(server, row[0]);
+        CAPTURE(reply.body);
+        for (size_t i = 1; i < row.size(); ++i) {
+            CHECK_MESSAGE(has_line(reply.body, row[i]), row[i]);
+        }
+    }
+}
+
+/// NAME=VALUE of a process, as it was started.
+std::set<string> environment_of(pid_t pid) {
+    std::set<string> found;
+    const string text = read_file("/proc/" + to_string(pid) + "/environ");
+    string_view rest = text;
+    while (!rest.empty()) { found.emplace(cut(rest, '\0')); }
+    return found;
+}
+
+TEST_CASE("the app's environment is the server's and -e, and no settings") {
+    const vector<string> taken = {"LISTEN_PID=1", "LISTEN_FDS=1", "LISTEN_FDNAMES=a",
+                                  "LISTEN_PIDFDID=7", "NOTIFY_SOCKET=/nowhere", "WATCHDOG_PID=1",
+                                  "WATCHDOG_USEC=1"};
+    vector<string> env = taken;
+    env.emplace_back("TEST_OLD=1");
+    env.emplace_back("WEB_CONCURRENCY=1");
+    const TempDir lib;
+    write_file(lib.path + "/lib.py", "name = 'lib'\n");
+    const Server server(R"py(
+import os, sys, lib
+def app(environ, start_response):
+    start_response("200 OK", [])
+    return [("%s %s %s" % (os.getcwd(), sys.path, os.environ["TEST_OLD"])).encode()]
+)py", {"--pythonpath", lib.path, "-e", "TEST_OLD=2", "--env=TEST_NEW=a=b"}, env);
+    REQUIRE(server.wait_ready_workers(1));
+    REQUIRE(server.workers().size() == 1);  // $WEB_CONCURRENCY
+    std::set<string> expected = environment_of(server.pid);
+    for (const string& pair : taken) { CHECK(expected.erase(pair) == 1); }
+    CHECK(expected.erase("TEST_OLD=1") == 1);
+    expected.insert("TEST_OLD=2");
+    expected.insert("TEST_NEW=a=b");
+    REQUIRE(server.runners().size() == 1);
+    const std::set<string> found = environment_of(server.runners()[0]);
+    const std::set<string> shell = {"PATH", "PWD", "OLDPWD", "SHLVL", "_"};
+    for (const string& pair : expected) {  // python3 may be a shell script with ways of its own
+        if (shell.count(pair.substr(0, pair.find('='))) == 0) {
+            CHECK_MESSAGE(found.count(pair) == 1, pair);
+        }
+    }
+    for (const string& pair : taken) { CHECK_MESSAGE(found.count(pair) == 0, pair); }
+    for (const string& pair : found) {
+        const bool ours = expected.count(pair) == 1 || contains(pair, "PYENV");
+        const bool setting = contains(pair, "app:app") || contains(pair, lib.path);
+        CHECK_MESSAGE((ours || shell.count(pair.substr(0, pair.find('='))) == 1), pair);
+        CHECK_FALSE_MESSAGE(setting, pair);
+    }
+    const string cwd = server.dir.path, start = cwd + " ['" + lib.path + "', '" + cwd + "', ";
+    const string body = get(server).body;
+    CHECK_MESSAGE(body.compare(0, start.size(), start) == 0, body);
+    CHECK(body.substr(body.size() - 2) == " 2");
+}
+
+// --- clients that take their time, leave early or say too much --------------
+
+TEST_CASE("the header clock runs from accept, the body clock from the last byte") {
+    const Server server(kProbe, {"-w", "1", "-t", "1", "--header-timeout", "1"});
+    const Time start = Clock::now();
+    Client silent(server), trickled_head(server), stopped_head(server);
+    Client stopped_body(server), stopped_chunk(server), trickled_body(server);
+    stopped_head.send("GET /stopped HTTP/1.1\r\n");
+    stopped_body.send("POST /body HTTP/1.1\r\nContent-Length: 10\r\n\r\n12345");
+    stopped_chunk.send("POST /chunk HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n12");
+    trickled_body.send("POST /slow HTTP/1.1\r\nContent-Length: 9\r\n\r\n");
+    trickled_head.send("GET /trickled HTTP/1.1\r\nA: ");
+    double head_time = 0;
+    for (int i = 0; i < 9; ++i) {  // 200 ms apart: 1.8 s in all, never a second without a byte
+        for (int j = 0; j < 4; ++j) {
+            if (head_time == 0 && trickled_head.readable(50ms)) {
+                head_time = seconds_since(start);
+            }
+            if (head_time == 0) { trickled_head.send("b"); }
+            if (head_time != 0) { trickled_body.readable(50ms); }
+        }
+        REQUIRE(trickled_body.send("x"));
+    }
+    CHECK(head_time > 0.9);
+    CHECK(head_time < 1.7);
+    for (Client* client : {&trickled_head, &stopped_head, &stopped_body, &stopped_chunk}) {
+        check_error_page(Reply(client->read_all()), 408);
+        CHECK_FALSE(client->was_reset);
+    }
+    CHECK(silent.read_all() == "");
+    CHECK_FALSE(silent.was_reset);
+    const Reply slow(trickled_body.read_all());
+    CHECK(slow.status == 200);
+    CHECK(has_line(slow.body, "body=xxxxxxxxx"));
+    CHECK(server.access_has("/slow"));
+    CHECK(count(server.access(), "\n") == 5);  // none for the silent one
+    CHECK(count(server.access(), " 408 ") == 4);
+    CHECK(count(server.log(), "408") == 4);
+    CHECK(count(server.log(), "app saw") == 1);
+}
+
+TEST_CASE("an error page arrives although the client still sends") {
+    const Server server(kProbe, {"-w", "1", "--limit-request-body", "1000"});
+    const string megabytes(8'000'000, 'x');
+    const string chunked = "Transfer-Encoding: chunked\r\n";
+    const vector<RequestRow> rows = {
+        {"a body that is announced", sized("POST /", megabytes), 413},
+        {"chunks", chunks("7A1200\r\n" + megabytes + "\r\n0\r\n\r\n"), 413},
+        {"a head", "GET /" + megabytes, 414},
+        {"a bad request", sized("POST /", megabytes, "A : b\r\n"), 400},
+        {"a bad chunk", chunks("x\r\n" + megabytes), 400},
+        {"HTTP/3", "GET / HTTP/3\r\n\r\n" + megabytes, 505},
+    };
+    for (const RequestRow& row : rows) {
+        CAPTURE(row.title);
+        Client client(server);
+        CHECK(client.send(row.bytes));
+        check_error_page(Reply(client.read_all()), row.status);
+        CHECK_FALSE(client.was_reset);
+    }
+    CHECK_FALSE(contains(server.log(), "app saw"));
+}
+
+TEST_CASE("100 Continue goes out after head and limits, to HTTP/1.1 only") {
+    const Server server(kProbe, {"-w", "1", "--limit-request-body=2000000000"});
+    const string interim = "HTTP/1.1 100 Continue\r\n\r\n", expect = "Expect: 100-continue\r\n";
+    const auto has_interim = [&](const string& text) { return text.size() >= interim.size(); };
+    for (const char* value : {"100-continue", "100-Continue"}) {
+        Client client(server);
+        client.send(http("POST /", string("Expect: ") + value + "\r\nContent-Length: 3\r\n"));
+        REQUIRE(client.read_until(has_interim) == interim);
+        client.send("abc");
+        const Reply reply(client.read_all());
+        CHECK(reply.status == 200);
+        CHECK(has_line(reply.body, "body=abc"));
+    }
+    Client chunked(server);
+    chunked.send(http("POST /", expect + "Transfer-Encoding: chunked\r\n"));
+    REQUIRE(chunked.read_until(has_interim) == interim);
+    chunked.send("3\r\nabc\r\n0\r\n\r\n");
+    CHECK(has_line(Reply(chunked.read_all()).body, "body=abc"));
+
+    Client old(server);
+    old.send("POST / HTTP/1.0\r\n" + expect + "Content-Length: 3\r\n\r\n");
+    CHECK_FALSE(old.readable(100ms));
+    old.send("abc");
+    CHECK(Reply(old.read_all()).status == 200);
+
+    check_error_page(exchange(Client(server),
+                              http("POST /", expect + "Content-Length: 2000000001\r\n")), 413);
+    check_error_page(exchange(Client(server), http("POST /", expect + "A : b\r\n")), 400);
+    CHECK(exchange(Client(server), sized("POST /", "", expect)).status == 200);
+}
+
+TEST_CASE("a limit of 0 for the body is none, and the default is 1 GiB") {
+    struct Row {
+        vector<string> args;
+        const char *length, *answer;
+    };
+    const vector<Row> rows = {{{"--limit-request-body=0"}, "9000000000000", "HTTP/1.1 100"},
+                              {{}, "1073741824", "HTTP/1.1 100"},
+                              {{}, "1073741825", "HTTP/1.1 413"}};
+    for (const Row& row : rows) {
+        const Server server(kProbe, row.args);
+        Client client(server);
+        client.send(http("POST /", string("Expect: 100-continue\r\nContent-Length: ") + row.length +
+                                       "\r\n"));
+        CHECK(client.read_until([](const string& s) { return s.size() >= 12; }).substr(0, 12) ==
+              row.answer);
+    }
+}
+
+/// Says that it runs, and goes on when a file "go" is there.
+constexpr const char* kWaiting = R"py(
+import os, time
+def app(environ, start_response):
+    body = environ["wsgi.input"].read()
+    print("app runs", environ["PATH_INFO"], flush=True)
+    for _ in range(1000):
+        if os.path.exists("go"):
+            break
+        time.sleep(0.01)
+    start_response("200 OK", [])
+    return [b"got %d" % len(body)]
+)py";
+
+TEST_CASE("EOF is a half-close, a reset is a client that has gone") {
+    Server server(kWaiting, {"-w", "1"});
+    Client half(server);
+    half.send(sized("POST /half", "abc"));
+    half.half_close();
+    REQUIRE(server.log_has("app runs /half"));
+    CHECK_FALSE(half.readable(50ms));
+    write_file(server.dir.path + "/go", "");
+    const Reply reply(half.read_all());
+    CHECK(reply.status == 200);
+    CHECK(reply.body == "got 3");
+    CHECK(reply.whole);
+
+    ::unlink((server.dir.path + "/go").c_str());
+    Client gone(server);
+    gone.send(http("GET /gone"));
+    REQUIRE(server.log_has("app runs /gone"));
+    gone.reset();
+    CHECK(server.access_has("GET /gone HTTP/1.1\" 499 "));
+    write_file(server.dir.path + "/go", "");
+    CHECK(get(server).status == 200);
+
+    const vector<string> early = {"GET", "GET /cut HTTP/1.1\r\nHost: x\r\n",
+                                  "POST /cut HTTP/1.1\r\nContent-Length: 9\r\n\r\n12345",
+                                  chunks("5\r\n123"), chunks("5\r\n12345\r\n"),
+                                  chunks("0\r\n"), chunks("0\r\nA: b\r\n")};
+    const size_t runs = count(server.log(), "app runs");
+    for (const string& bytes : early) {
+        CAPTURE(bytes);
+        check_error_page(exchange(Client(server), bytes, true), 400);
+    }
+    CHECK(exchange(Client(server), "", true).raw == "");
+    CHECK(get(server).status == 200);
+    CHECK(count(server.log(), "app runs") == runs + 1);
+    CHECK(wait_for([&] { return count(server.access(), "\n") == early.size() + 4; }));
+}
+
+TEST_CASE("pipelined bytes are read and dropped") {
+    const Server server(kProbe, {"-w", "1"});
+    const string more(4'000'000, 'y');
+    for (const string& second : {http("GET /second"), sized("POST /second", more), more}) {
+        Client client(server);
+        const bool sent = client.send(http("GET /first") + second);
+        CHECK(sent);
+        const string text = client.read_all();
+        CHECK_FALSE(client.was_reset);
+        CHECK(Reply(text).status == 200);
+        CHECK(Reply(text).whole);
+        CHECK(has_line(text, "PATH_INFO=/first"));
+    }
+    Client late(server);  // what comes after the answer finds no reset either
+    late.send(http("POST /first", "Content-Length: 1\r\n", "a" + http("GET /second")));
+    const string text =
+        late.read_until([](const string& s) { return contains(s, "\nbody=a\n"); });
+    CHECK(late.send(more));
+    CHECK(late.read_all() == "");
+    CHECK_FALSE(late.was_reset);
+    CHECK(get(server, "/last").status == 200);
+    CHECK(count(server.log(), "app saw") == 5);
+    CHECK_FALSE(contains(server.log(), "app saw '/second'"));
+}
+
+// --- responses: each request brings the Python that answers it --------------
+
+constexpr const char* kScripted = R"py(
+import io, os, sys, time
+kept = {}
+def app(environ, start_response):
+    source = environ["wsgi.input"].read(int(environ["HTTP_X_SCRIPT"]))
+    scope = dict(globals(), environ=environ, start=start_response, out=[b""])
+    exec(source, scope)
+    return scope["out"]
+)py";
+
+/// A request whose body is the script, with `more` behind it.
+string scripted(const string& script, const string& line = "POST / HTTP/1.1",
+                const string& more = "") {
+    return line + "\r\nHost: x\r\nX-Script: " + to_string(script.size()) +
+           "\r\nContent-Length: " + to_string(script.size() + more.size()) + "\r\n\r\n" + script +
+           more;
+}
+
+/// The answer to a script; `log` gets what the error log gained, once `part` is in it.
+Reply answer(const Server& server, const string& script, const string& part = "",
+             const string& line = "POST / HTTP/1.1") {
+    const size_t before = server.log().size();
+    const Reply reply = request(server.port(), scripted(script, line));
+    const auto gained = [&] { return server.log().substr(before); };
+    const auto lower_case = [](string text) {
+        std::transform(text.begin(), text.end(), text.begin(), lower);
+        return text;
+    };
+    const bool found = wait_for([&] { return contains(lower_case(gained()), part); }, 2s);
+    CHECK_MESSAGE(found, "'" << part << "' in: " << gained());
+    if (part.empty()) { CHECK_MESSAGE(gained() == "", gained()); }
+    return reply;
+}
+
+TEST_CASE("the head of a response: version, Connection, Date, Server, framing") {
+    const Server server(kScripted, {"-w", "1"});
+    const string plain = "start('200 OK', [('X-A', 'b')]); out = [b'abc', b'de']";
+    const string with_length = "start('200 OK', [('Content-Length', '5')]); out = [b'abcde']";
+    const Reply reply = answer(server, plain);
+    CHECK(reply.version == "HTTP/1.1");
+    CHECK(reply.head.compare(0, 17, "HTTP/1.1 200 OK\r\n") == 0);
+    CHECK(field(reply, "transfer-encoding") == "chunked");
+    CHECK(reply.body == "abcde");
+    CHECK(reply.whole);
+    CHECK(field(reply, "x-a") == "b");
+    for (const char* name : {"\nDate: ", "\nServer: ", "\nConnection: close\r"}) {
+        CHECK(count(reply.head, name) == 1);
+    }
+    struct tm parts {};
+    const char* end = ::strptime(field(reply, "date").c_str(), "%a, %d %b %Y %H:%M:%S GMT", &parts);
+    REQUIRE(end != nullptr);
+    CHECK(*end == '\0');
+    CHECK(std::abs(std::difftime(::timegm(&parts), std::time(nullptr))) < 5);
+
+    const Reply old = answer(server, plain, "", "POST / HTTP/1.0");
+    CHECK(old.version == "HTTP/1.0");
+    CHECK(field(old, "transfer-encoding") == "");
+    CHECK(field(old, "connection") == "close");
+    CHECK(old.body == "abcde");
+    CHECK(answer(server, plain, "", "POST / HTTP/1.3").version == "HTTP/1.1");
+    CHECK(request(server.port(), "GET / HTTP/2.0\r\n\r\n").version == "HTTP/1.0");
+    CHECK(request(server.port(), http("GET /", "A\r\n")).version == "HTTP/1.1");
+
+    const Reply length = answer(server, with_length);
+    CHECK(field(length, "content-length") == "5");
+    CHECK(field(length, "transfer-encoding") == "");
+    CHECK(length.raw.substr(length.raw.size() - 9) == "\r\n\r\nabcde");
+
+    const Reply own = answer(
+        server, "start('200 Fine', [('date', 'today'), ('SERVER', 'mine')]); out = [b'x']");
+    CHECK(field(own, "date") == "today");
+    CHECK(field(own, "server") == "mine");
+    CHECK(count(own.head, "erver: ") + count(own.head, "SERVER: ") == 1);
+    CHECK(count(own.head, "Date: ") == 0);
+
+    const Reply big = answer(server, "start('200 OK', [('X-%d' % i, 'y' * 9000) "
+                                     "for i in range(100)]); out = [b'abc']");
+    CHECK(big.status == 200);
+    CHECK(big.head.size() > 900'000);
+    CHECK(big.body == "abc");
+    const Reply cookies = answer(server, "start('200 OK', [('Set-Cookie', 'a'), "
+                                         "('Set-Cookie', 'b'), ('X', '\\t \\xe9')])");
+    CHECK(count(cookies.head, "Set-Cookie: ") == 2);
+    CHECK(contains(cookies.head, "\xe9\r\n"));
+}
+
+TEST_CASE("HEAD, 204 and 304 have no body, error pages too") {
+    const Server server(kScripted, {"-w", "1"});
+    const string length = "('Content-Length', '5')", head = "HEAD / HTTP/1.1";
+    const auto script = [](const string& status, const string& fields) {
+        return "start('" + status + "', [" + fields + "]); out = [b'abcde']";
+    };
+    const Reply kept = answer(server, script("200 OK", length), "", head);
+    CHECK(kept.status == 200);
+    CHECK(field(kept, "content-length") == "5");
+    CHECK(kept.raw.size() == kept.head.size() + 2);
+    for (const string& each : {script("200 OK", ""), script("204 No Content", ""),
+                               script("304 Not Modified", ""), script("304 Not Modified", length),
+                               script("204 No Content", length)}) {
+        CAPTURE(each);
+        const Reply reply = answer(server, each, "",
+                                   contains(each, "200") ? head : "GET / HTTP/1.1");
+        CHECK(reply.status == std::atoi(each.c_str() + 7));
+        CHECK(reply.raw.size() == reply.head.size() + 2);
+        if (reply.status != 200) { CHECK(field(reply, "transfer-encoding") == ""); }
+    }
+    const string fails = "raise KeyError('ouch')", logged = "keyerror: 'ouch'";
+    check_error_page(answer(server, fails, logged, head), 500, false);
+    check_error_page(answer(server, fails, logged), 500);
+}
+
+TEST_CASE("hop-by-hop fields of the app are dropped, and the log says so") {
+    const Server server(kScripted, {"-w", "1"});
+    for (const string name : {"Connection", "Keep-Alive", "Proxy-Authenticate", "TE", "Trailer",
+                              "Proxy-Authorization", "Transfer-Encoding", "Upgrade"}) {
+        CAPTURE(name);
+        string lower_name(name);
+        std::transform(lower_name.begin(), lower_name.end(), lower_name.begin(), lower);
+        const Reply reply = answer(server, "start('200 OK', [('" + name +
+                                               "', 'evil'), ('X', 'y')]); out = [b'abc']",
+                                   lower_name);
+        CHECK(reply.status == 200);
+        CHECK_FALSE(contains(reply.raw, "evil"));
+        CHECK(field(reply, "x") == "y");
+        CHECK(reply.body == "abc");
+        CHECK(reply.whole);
+        CHECK(count(reply.head, "Connection: ") == 1);
+    }
+}
+
+TEST_CASE("what is no response is a 500, and the log says which") {
+    struct Row {
+        string title, script, log;
+    };
+    const Row rows[] = {
+        {"a status without a reason", "start('200', [])", "status"},
+        {"a status without a blank", "start('200OK', [])", "status"},
+        {"a status of letters", "start('abc OK', [])", "status"},
+        {"a status of two digits", "start('99 OK', [])", "status"},
+        {"a status of four digits", "start('2000 OK', [])", "status"},
+        {"an empty status", "start('', [])", "status"},
+        {"a status with a line break", "start('200 OK\\r\\nX: y', [])", "status"},
+        {"a status with a control", "start('200 O\\x01K', [])", "status"},
+        {"a status of bytes", "start(b'200 OK', [])", "status"},
+        {"a status that is a number", "start(200, [])", "status"},
+        {"a status beyond latin-1", "start('200 \\u20ac', [])", "latin-1"},
+        {"a blank in a name", "start('200 OK', [('X Y', 'z')])", "header"},
+        {"an empty name", "start('200 OK', [('', 'z')])", "header"},
+        {"a colon in a name", "start('200 OK', [('X:Y', 'z')])", "header"},
+        {"a name that is not ASCII", "start('200 OK', [('X\\xe9', 'z')])", "header"},
+        {"a name of bytes", "start('200 OK', [(b'X', 'z')])", "header"},
+        {"a line break in a name", "start('200 OK', [('X\\nY', 'z')])", "header"},
+        {"a value of bytes", "start('200 OK', [('X', b'z')])", "header"},
+        {"a value that is a number", "start('200 OK', [('X', 5)])", "header"},
+        {"a value that is None", "start('200 OK', [('X', None)])", "header"},
+        {"LF in a value", "start('200 OK', [('X', 'a\\nY: b')])", "header"},
+        {"CR in a value", "start('200 OK', [('X', 'a\\rY: b')])", "header"},
+        {"NUL in a value", "start('200 OK', [('X', 'a\\0')])", "header"},
+        {"ESC in a value", "start('200 OK', [('X', 'a\\x1b')])", "header"},
+        {"DEL in a value", "start('200 OK', [('X', 'a\\x7f')])", "header"},
+        {"a value beyond latin-1", "start('200 OK', [('X', '\\u20ac')])", "latin-1"},
+        {"a length that is no number", "start('200 OK', [('Content-Length', 'x')])", "length"},
+        {"a length with a sign", "start('200 OK', [('Content-Length', '+1')])", "length"},
+        {"a negative length", "start('200 OK', [('Content-Length', '-1')])", "length"},
+        {"an empty length", "start('200 OK', [('Content-Length', '')])", "length"},
+        {"a list of lengths", "start('200 OK', [('Content-Length', '1, 1')])", "length"},
+        {"two lengths", "start('200 OK', [('Content-Length', '1'), ('content-length', '1')])",
+         "length"},
+        {"an item of str", "start('200 OK', []); out = ['x']", "bytes"},
+        {"an item of str behind one of bytes", "start('200 OK', []); out = [b'x', 'y']", "bytes"},
+        {"an empty item of str", "start('200 OK', []); out = ['']", "bytes"},
+        {"an item that is a bytearray", "start('200 OK', []); out = [bytearray(b'x')]", "bytes"},
+        {"an item that is None", "start('200 OK', []); out = iter([None])", "bytes"},
+        {"an item that is a number", "start('200 OK', []); out = iter([5])", "bytes"},
+        {"write() of str", "start('200 OK', [])('x')", "bytes"},
+        {"no start_response", "out = [b'x']", "start_response"},
+        {"no start_response, and a generator", "out = iter([b'x'])", "start_response"},
+        {"no start_response, and nothing", "out = iter([])", "start_response"},
+        {"start_response twice", "start('200 OK', []); start('200 OK', [])", "start_response"},
+        {"None for a response", "start('200 OK', []); out = None", "nonetype"},
+        {"an error", "1 / 0", "zerodivisionerror"},
+    };
+    const Server server(kScripted, {"-w", "1"});
+    REQUIRE(server.wait_ready_workers(1));
+    const vector<pid_t> runners = server.runners();
+    for (const Row& row : rows) {
+        CAPTURE(row.title);
+        check_error_page(answer(server, row.script, row.log), 500);
+    }
+    CHECK(server.runners() == runners);
+    CHECK(answer(server, "start('200 OK', [])").status == 200);
+}
+
+TEST_CASE("headers go out with the first non-empty item, and can be replaced until then") {
+    const Server server(kScripted, {"-w", "1"});
+    const string again = "start('503 Later', [('X', 'new')], sys.exc_info())";
+    const auto replaced = [&](const string& first) {
+        return "def gen():\n"
+               "    start('200 OK', [('Content-Length', '99')])\n" + first +
+               "    try:\n        raise KeyError('ouch')\n"
+               "    except KeyError:\n        " + again + "\n"
+               "    yield b'sorry'\n"
+               "out = gen()\n";
+    };
+    const string empty_item = "    yield b''\n", full_item = "    yield b'x'\n";
+    const Reply reply = answer(server, replaced(empty_item));
+    CHECK(reply.status == 503);
+    CHECK(field(reply, "x") == "new");
+    CHECK(field(reply, "content-length") == "");
+    CHECK(reply.body == "sorry");
+    CHECK(reply.whole);
+
+    const string fails = "def gen():\n    start('200 OK', [])\n    yield b''\n    1 / 0\n"
+                         "out = gen()";
+    check_error_page(answer(server, fails, "zerodivisionerror"), 500);
+    const string listed = "start('200 OK', [])\ntry:\n    1 / 0\nexcept Exception:\n    " + again;
+    CHECK(answer(server, listed).status == 503);
+
+    const Reply late = answer(server, replaced(full_item), "keyerror: 'ouch'");
+    CHECK(late.status == 200);
+    CHECK(late.body == "x");
+    CHECK_FALSE(late.whole);
+    const Reply written = answer(server, "write = start('200 OK', [])\nwrite(b'a')\nwrite(b'b')\n"
+                                         "out = [b'c']");
+    CHECK(written.body == "abc");
+    CHECK(written.whole);
+    const Reply nothing = answer(server, "start('200 OK', []); out = iter([])");
+    CHECK(nothing.status == 200);
+    CHECK(nothing.whole);
+}
+
+TEST_CASE("a response that is too short or breaks off is visibly cut, one too long is cut to it") {
+    const Server server(kScripted, {"-w", "1"});
+    const string gen = "def gen():\n    start('200 OK', [FIELDS])\n    yield b'abc'\nTHEN"
+                       "out = gen()\n";
+    const auto script = [&](const string& fields, const string& then) {
+        string text = gen;
+        text.replace(text.find("FIELDS"), 6, fields);
+        return text.replace(text.find("THEN"), 4, then);
+    };
+    const string length = "('Content-Length', '5')", error = "    1 / 0\n";
+    for (const string line : {"GET / HTTP/1.1", "GET / HTTP/1.0"}) {
+        CAPTURE(line);
+        const bool old = contains(line, "1.0");
+        const Reply cut_off = answer(server, script(length, ""), "shorter", line);
+        CHECK(cut_off.status == 200);
+        CHECK(cut_off.body == "abc");
+        CHECK_FALSE(cut_off.whole);
+        const Reply failed = answer(server, script(length, error), "zerodivisionerror", line);
+        CHECK(failed.body == "abc");
+        CHECK_FALSE(failed.whole);
+        const Reply longer = answer(server, script(length, "    yield b'defg'\n"), "longer", line);
+        CHECK(longer.body == "abcde");
+        CHECK(longer.whole);
+        const Reply list = answer(server, "start('200 OK', [" + length + "]); out = [b'abcdefg']",
+                                  "longer", line);
+        CHECK(list.body == "abcde");
+
+        Client client(server);
+        client.send(scripted(script("", error), line));
+        const Reply chunked(client.read_all());
+        CHECK(chunked.status == (chunked.raw.empty() ? 0 : 200));
+        CHECK((old ? client.was_reset : !chunked.whole));
+        CHECK((old || chunked.body == "abc"));
+    }
+    CHECK(answer(server, script(length, ""), "shorter").raw.size() > 0);
+    CHECK(count(server.log(), "ZeroDivisionError") == 4);
+    CHECK(count(server.access(), "\" 200 3 ") >= 5);
+}
+
+TEST_CASE("the response ends before close() runs, and an error there is only logged") {
+    const Server server(kScripted, {"-w", "1"});
+    const string closing = R"(
+class Items:
+    def __init__(self, items): self.items = items
+    def __iter__(self): return iter(self.items)
+    def close(self):
+        print("close begins", flush=True)
+        for _ in range(1000):
+            if os.path.exists("go"): break
+            time.sleep(0.01)
+        os.path.exists("go") and os.unlink("go")
+        raise ValueError("from close")
+class Listed(Items, list): pass
+start("200 OK", [])
+out = )";
+    for (const string items : {"Items([b'abc', b'de'])", "Items([])", "Listed([])"}) {
+        CAPTURE(items);
+        const size_t before = server.log().size();
+        const Reply reply = request(server.port(), scripted(closing + items));
+        CHECK(reply.status == 200);
+        CHECK(reply.whole);
+        CHECK(reply.body == (contains(items, "abc") ? "abcde" : ""));
+        CHECK_FALSE(contains(server.log().substr(before), "from close"));
+        write_file(server.dir.path + "/go", "");
+        CHECK(wait_for([&] { return contains(server.log().substr(before), "from close"); }));
+        CHECK(contains(server.log().substr(before), "close begins"));
+    }
+    CHECK(answer(server, "start('200 OK', [])").status == 200);
+    CHECK(count(server.log(), "Error handling request") == 0);
+}
+
+TEST_CASE("file_wrapper delivers what read() would, from where the file stands") {
+    const Server server(kScripted, {"-w", "1"});
+    string text;
+    for (int i = 0; text.size() < 300'000; ++i) { text += to_string(i) + " "; }
+    write_file(server.dir.path + "/data", text);
+    struct Row {
+        string title, script, body;
+    };
+    const Row rows[] = {
+        {"a file", "f = open('data', 'rb')", text},
+        {"a file from the middle", "f = open('data', 'rb'); f.seek(1000)", text.substr(1000)},
+        {"a file of which something was read", "f = open('data', 'rb'); f.read(3)", text.substr(3)},
+        {"a file at its end", "f = open('data', 'rb'); f.read()", ""},
+        {"no real file", "f = io.BytesIO(b'abcdef'); f.seek(2)", "cdef"},
+        {"a file with a read() of its own",
+         "class F:\n    left = [b'one ', b'two']\n"
+         "    def read(self, size=-1): return self.left.pop(0) if self.left else b''\nf = F()",
+         "one two"},
+        {"a subclass that reads something else",
+         "class F(io.FileIO):\n    def read(self, size=-1): return super().read(size)[:5].upper()\n"
+         "f = F('data'); f.seek(len(open('data').read()) - 3)", text.substr(text.size() - 3)},
+    };
+    for (const Row& row : rows) {
+        CAPTURE(row.title);
+        const string script = row.script + "\nstart('200 OK', [])\n"
+                                                   "kept['f'] = f\n"
+                                                   "out = environ['wsgi.file_wrapper'](f, 1000)\n";
+        const Reply reply = answer(server, script);
+        CHECK(reply.status == 200);
+        CHECK((reply.body == row.body));
+        CHECK(reply.whole);
+        const Reply closed = answer(
+            server, "start('200 OK', []); out = [b'%d' % getattr(kept['f'], 'closed', True)]");
+        CHECK(closed.body == "1");
+    }
+}
+
+TEST_CASE("what a request was given is inert once it is over") {
+    const Server server(kScripted, {"-w", "1"});
+    const string keep = "kept['in'] = environ['wsgi.input']\nkept['start'] = start\n"
+                        "kept['write'] = start('200 OK', [])\nout = [b'first']";
+    const string use = "kept['write'](b'evil')\n"
+                       "kept['start']('500 Evil', [], (None, ValueError('x'), None))\n"
+                       "old = kept['in'].read(10)\n"
+                       "new = environ['wsgi.input'].read()\n"
+                       "start('200 OK', [])\nout = [b'%d ' % len(new), new[:5]]";
+    const auto guarded = [](const string& text) {  // a refusal is as good as no effect
+        string out;
+        std::istringstream lines(text);
+        for (string line; std::getline(lines, line);) {
+            out += contains(line, "kept[") ? "try: " + line + "\nexcept Exception: pass\n"
+                                           : line + "\n";
+        }
+        return out;
+    };
+    for (const size_t size : {size_t{0}, size_t{100}, size_t{500'000}}) {
+        CAPTURE(size);
+        const string line = "POST / HTTP/1.1";
+        const Reply first = request(server.port(), scripted(keep, line, string(size, 'a')));
+        CHECK(first.body == "first");
+        const Reply next = request(server.port(), scripted(guarded(use), line, string(size, 'b')));
+        CHECK(next.status == 200);
+        CHECK(next.body == to_string(size) + " " + string(std::min<size_t>(size, 5), 'b'));
+        CHECK(next.whole);
+    }
+    CHECK(server.runners().size() == 1);
+    CHECK_FALSE(contains(server.log(), "Runner (pid"));
+}
+
+// --- logs -------------------------------------------------------------------
+
+vector<string> split(const string& text, char separator) {
+    vector<string> parts;
+    string_view rest = text;
+    while (!rest.empty()) { parts.emplace_back(cut(rest, separator)); }
+    return parts;
+}
+
+/// Answers after 30 ms with 5 bytes and a field, or with nothing to /none.
+constexpr const char* kAtoms = R"py(
+import time
+def app(environ, start_response):
+    time.sleep(0.03)
+    start_response("201 Created", [("X-Out", 'a"b'), ("Content-Type", "text/x")])
+    return [] if environ["PATH_INFO"] == "/none" else [b"abc", b"de"]
+)py";
+
+TEST_CASE("every atom of the access log") {
+    const string names = "h l u t r m U q H s B b f a T M D L p {X-In}i {x-in}i {absent}i "
+                         "{content-length}i {X-Out}o {content-type}o {absent}o {REMOTE_PORT}e "
+                         "{PATH_INFO}e {absent}e Z";
+    string format = "[begin]";
+    for (const string& name : split(names, ' ')) { format += "\t%(" + name + ")s"; }
+    const Server server(kAtoms, {"-w", "1", "--access-logformat", format + "\t100%"});
+    const auto atoms = [&](const string& bytes) {
+        const size_t before = server.access().size();
+        Client client(server);
+        client.send(bytes);
+        client.read_all();
+        CHECK(wait_for([&] { return server.access().size() > before; }));
+        const string line = server.access().substr(before);
+        CHECK(count(line, "\n") == 1);
+        const vector<string> values = split(line.substr(0, line.size() - 1), '\t');
+        const vector<string> keys = split(names, ' ');
+        REQUIRE(values.size() == keys.size() + 2);
+        CHECK(values.front() == "[begin]");
+        CHECK(values.back() == "100%");
+        map<string, string> found;
+        for (size_t i = 0; i < keys.size(); ++i) { found[keys[i]] = values[i + 1]; }
+        CHECK(found["{REMOTE_PORT}e"] == local_port(client));
+        return found;
+    };
+    const auto a = atoms(http("POST /a%20b/%41?c=%20d#e",
+                              "X-In: in\r\nReferer: http://r/\r\nUser-Agent: me/1\r\n"
+                              "Authorization: Basic am9lOnNlY3JldA==\r\nContent-Length: 3\r\n",
+                              "xyz"));
+    const map<string, string> expected = {
+        {"h", "127.0.0.1"}, {"l", "-"}, {"u", "joe"},
+        {"r", "POST /a%20b/%41?c=%20d#e HTTP/1.1"}, {"m", "POST"}, {"U", "/a b/A"},
+        {"q", "c=%20d"}, {"H", "HTTP/1.1"}, {"s", "201"}, {"B", "5"}, {"b", "5"},
+        {"f", "http://r/"}, {"a", "me/1"}, {"T", "0"}, {"{X-In}i", "in"}, {"{x-in}i", "in"},
+        {"{absent}i", "-"}, {"{content-length}i", "3"}, {"{X-Out}o", "a\\\"b"},
+        {"{content-type}o", "text/x"}, {"{absent}o", "-"}, {"{PATH_INFO}e", "/a b/A"},
+        {"{absent}e", "-"}, {"Z", "-"}};
+    for (const auto& each : expected) {
+        CAPTURE(each.first);
+        CHECK(a.at(each.first) == each.second);
+    }
+    const int64_t us = std::atoll(a.at("D").c_str()), ms = std::atoll(a.at("M").c_str());
+    CHECK(us >= 30'000);
+    CHECK(us < 900'000);
+    CHECK(ms == us / 1000);
+    char decimal[32];
+    std::snprintf(decimal, sizeof decimal, "%.6f", static_cast<double>(us) / 1e6);
+    CHECK(a.at("L") == decimal);
+    REQUIRE(server.workers().size() == 1);
+    CHECK(a.at("p") == "<" + to_string(server.workers()[0]) + ">");
+    struct tm parts {};
+    const char* end = ::strptime(a.at("t").c_str(), "[%d/%b/%Y:%H:%M:%S %z]", &parts);
+    REQUIRE(end != nullptr);
+    CHECK(*end == '\0');
+    parts.tm_isdst = -1;
+    CHECK(std::abs(std::difftime(std::mktime(&parts), std::time(nullptr))) < 5);
+
+    const auto b = atoms(http("GET /none", "Authorization: Bearer x\r\n"));
+    const map<string, string> plain = {{"u", "-"}, {"q", ""}, {"B", "0"}, {"b", "-"}, {"f", "-"},
+                                       {"a", "-"}, {"{X-In}i", "-"}, {"{content-length}i", "-"}};
+    for (const auto& each : plain) {
+        CAPTURE(each.first);
+        CHECK(b.at(each.first) == each.second);
+    }
+    const auto c = atoms("GET /none HTTP/1.0\r\nContent-Length: 0\r\n\r\n");
+    CHECK(c.at("H") == "HTTP/1.0");
+    CHECK(c.at("r") == "GET /none HTTP/1.0");
+    CHECK(c.at("{content-length}i") == "0");
+    CHECK(atoms(http("HEAD /")).at("B") == "0");
+    CHECK(atoms(chunks("1\r\na\r\n0\r\n\r\n")).at("B") == "5");
+}
+
+TEST_CASE("the access log has gunicorn's format, also for refusals, and is off by default") {
+    const Server server(kHello, {"-w", "1"});
+    CHECK(get(server, "/a?b").status == 200);
+    CHECK(request(server.port(), "GET /a b c HTTP/1.1\r\n\r\n").status == 400);
+    REQUIRE(wait_for([&] { return count(server.access(), "\n") == 2; }));
+    const vector<string> lines = split(server.access(), '\n');
+    CHECK(lines[0].substr(0, 15) == "127.0.0.1 - - [");
+    CHECK(lines[0].substr(lines[0].find("] ")) == "] \"GET /a?b HTTP/1.1\" 200 6 \"-\" \"-\"");
+    CHECK(lines[1].substr(lines[1].find("] ")) == "] \"GET /a b c HTTP/1.1\" 400 16 \"-\" \"-\"");
+
+    // A variable of that name keeps the test's own setting away.
+    const Server quiet(kHello, {"-w", "1", "-e", "--access-logfile=none"});
+    CHECK(get(quiet).status == 200);
+    CHECK(get(quiet).status == 200);
+    CHECK(quiet.out() == "");
+    CHECK(quiet.access() == "");
+    CHECK_FALSE(contains(quiet.log(), "GET /"));
+
+    const Server to_stdout(kHello, {"-w", "1", "--access-logfile", "-",
+                                    "--access-logformat=%(s)s!"});
+    CHECK(get(to_stdout).status == 200);
+    CHECK(wait_for([&] { return to_stdout.out() == "200!\n"; }));
+}
+
+TEST_CASE("nothing that a client sends gets into a log unescaped") {
+    const string format = "%(r)s|%(U)s|%(q)s|%(f)s|%(a)s|%(u)s|%({X-In}i)s|%({PATH_INFO}e)s|%(m)s";
+    const Server server(kScripted, {"-w", "1", "--access-logformat", format});
+    const string fails = "1 / 0";
+    const string evil_fields = "Referer: r\"\\\r\nUser-Agent: u\"\\\tx\r\nX-In: i\"\\\r\n"
+                               "Authorization: Basic ZRsiXFx/Cg1mOnA=\r\n";
+    request(server.port(), "POST /%0a%0d%1b%22%5c%7f%01\"\\?q\"\\ HTTP/1.1\r\n" + evil_fields +
+                               "X-Script: 5\r\nContent-Length: 5\r\n\r\n" + fails);
+    const string raw_path = "/%0a%0d%1b%22%5c%7f%01\\\"\\\\";
+    const string path = "/\\x0a\\x0d\\x1b\\\"\\\\\\x7f\\x01\\\"\\\\";
+    REQUIRE(server.access_has("\n"));
+    CHECK(server.access() ==
+          "POST " + raw_path + "?q\\\"\\\\ HTTP/1.1|" + path + "|q\\\"\\\\|r\\\"\\\\|" +
+              "u\\\"\\\\\\x09x|e\\x1b\\\"\\\\\\\\\\x7f\\x0a\\x0df|i\\\"\\\\|" + path + "|POST\n");
+    CHECK(server.log_has("Error handling request: POST " + raw_path + "?q\\\"\\\\ HTTP/1.1\n"));
+
+    const size_t errors = server.log().size();
+    const vector<string> heads = {"GET /\x1b[31m\"\\\x7f\x9b HTTP/1.1\r\n\r\n",
+                                  "\x1b]0;\"\\\x07\r\n\r\n",
+                                  "G\"\\\x01 / HTTP/1.1\r\n\r\n", "GET /a\rb HTTP/1.1\r\n\r\n"};
+    for (const string& head : heads) { CHECK(request(server.port(), head).status == 400); }
+    REQUIRE(wait_for([&] { return count(server.access(), "\n") == heads.size() + 1; }));
+    const string gained = server.log().substr(errors);
+    CHECK(count(gained, "\n") == heads.size());
+    CHECK(contains(gained, "GET /\\x1b[31m\\\"\\\\\\x7f"));
+    for (const string& text : {gained, server.access()}) {
+        CAPTURE(text);
+        CHECK(std::all_of(text.begin(), text.end(), [](char c) {
+            const auto byte = static_cast<unsigned char>(c);
+            return byte == '\n' || (byte >= 0x20 && byte < 0x7f) || byte >= 0xa0;
+        }));
+    }
+    // One of the app's fields, too: a tab is the only control that it can send.
+    const Server out(kScripted, {"-w", "1", "--access-logformat", "%({X}o)s"});
+    request(out.port(), scripted("start('200 OK', [('X', 'a\\t\"\\\\')])"));
+    CHECK(out.access_has("\n"));
+    CHECK(out.access() == "a\\x09\\\"\\\\\n");
+}
+
+TEST_CASE("a hung app and a frozen worker: WORKER TIMEOUT with the pid, and the request") {
+    const Server server(R"py(
+import time
+def app(environ, start_response):
+    time.sleep(60)
+)py", {"-w", "1", "-t", "1"});
+    REQUIRE(server.wait_ready_workers(1));
+    REQUIRE(server.runners().size() == 1);
+    const pid_t runner = server.runners()[0], worker = server.workers()[0];
+    check_error_page(get(server, "/hung\"?x"), 504);
+    const string text = server.log();
+    const size_t at = text.find("WORKER TIMEOUT (pid:" + to_string(runner) + ")");
+    REQUIRE_MESSAGE(at != string::npos, text);
+    const string line = text.substr(at, text.find('\n', at) - at);
+    CHECK_MESSAGE(contains(line, "GET /hung\\\"?x HTTP/1.1"), line);
+    CHECK_MESSAGE(contains(line, " 1 s"), line);
+    CHECK(server.access_has("GET /hung\\\"?x HTTP/1.1\" 504 "));
+    ::kill(worker, SIGSTOP);
+    CHECK(server.log_has("WORKER TIMEOUT (pid:" + to_string(worker) + ")"));
+    CHECK(wait_for([&] {
+        const vector<pid_t> workers = server.workers();
+        return workers.size() == 1 && workers[0] != worker;
+    }));
+}
+
+// --- command line and process -----------------------------------------------
+
+struct Ran {
+    int code = -1;  // exit status; -1: a signal ended it, or it did not end
+    string out, err;
+};
+
+/// Runs $SERVER with exactly these arguments, in a directory of its own, until it ends.
+Ran run_to_end(vector<string> args, vector<string> env = {}, const string& app = kHello) {
+    const TempDir dir;
+    write_file(dir.path + "/app.py", app);
+    const char* program = std::getenv("SERVER");
+    const std::unique_ptr<char, void (*)(void*)> path(
+        ::realpath(program != nullptr ? program : "./server", nullptr), std::free);
+    REQUIRE(path);
+    const pid_t pid = ::fork();
+    if (pid == 0) {
+        ::setpgid(0, 0);
+        ::unsetenv("WEB_CONCURRENCY");
+        ::unsetenv("PORT");
+        for (string& pair : env) { ::putenv(pair.data()); }
+        const int out = ::open((dir.path + "/out").c_str(), O_WRONLY | O_CREAT | O_APPEND, 0644);
+        const int err = ::open((dir.path + "/err").c_str(), O_WRONLY | O_CREAT | O_APPEND, 0644);
+        ::dup2(out, 1);
+        ::dup2(err, 2);
+        vector<char*> argv{path.get()};
+        for (string& word : args) { argv.push_back(word.data()); }
+        argv.push_back(nullptr);
+        if (::chdir(dir.path.c_str()) == 0) { ::execv(path.get(), argv.data()); }
+        ::_exit(127);
+    }
+    REQUIRE(pid > 0);
+    int status = 0;
+    const bool ended = wait_for([&] { return ::waitpid(pid, &status, WNOHANG) == pid; }, 15s);
+    if (!ended) {
+        ::kill(pid, SIGQUIT);
+        if (!wait_for([&] { return ::waitpid(pid, &status, WNOHANG) == pid; }, 3s)) {
+            ::kill(pid, SIGKILL);
+            ::waitpid(pid, &status, 0);
+        }
+    }
+    return {ended && WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_file(dir.path + "/out"),
+            read_file(dir.path + "/err")};
+}
+
+/// The value of a setting in the output of --print-config.
+string setting(const string& out, const string& name) {
+    for (const string& line : split(out, '\n')) {
+        const size_t equals = line.find('=');
+        if (equals != string::npos && trim(string_view(line).substr(0, equals)) == name) {
+            return string(trim(string_view(line).substr(equals + 1)));
+        }
+    }
+    return "(none)";
+}
+
+TEST_CASE("the command line, as --print-config shows it") {
+    struct Row {
+        vector<string> args, env;
+        vector<std::pair<string, string>> settings;
+    };
+    const string processors = to_string(std::max(1L, ::sysconf(_SC_NPROCESSORS_ONLN)));
+    const vector<Row> rows = {
+        {{}, {}, {{"app", "app_example:app"}, {"bind", "127.0.0.1:8000"}, {"workers", "2"},
+                  {"timeout", "30"}, {"graceful-timeout", "30"}, {"backlog", "2048"},
+                  {"worker-connections", "1000"}, {"limit-request-line", "4094"},
+                  {"limit-request-fields", "100"}, {"limit-request-field_size", "8190"},
+                  {"limit-request-body", "1073741824"}, {"header-timeout", "10"},
+                  {"worker-class", "sync"}, {"access-logfile", ""}, {"error-logfile", "-"},
+                  {"log-level", "info"}, {"python", "python3"}, {"chdir", ""}}},
+        {{"mod:app"}, {}, {{"app", "mod:app"}}},
+        {{"-w", "4"}, {}, {{"workers", "4"}}},
+        {{"-w4"}, {}, {{"workers", "4"}}},
+        {{"--workers", "4"}, {}, {{"workers", "4"}}},
+        {{"--workers=4"}, {}, {{"workers", "4"}}},
+        {{"-w", "4", "-w", "5"}, {}, {{"workers", "5"}}},
+        {{"-w", "auto"}, {}, {{"workers", processors}}},
+        {{}, {"WEB_CONCURRENCY=7"}, {{"workers", "7"}}},
+        {{"-w", "4"}, {"WEB_CONCURRENCY=7"}, {{"workers", "4"}}},
+        {{}, {"PORT=9000"}, {{"bind", "0.0.0.0:9000"}}},
+        {{"-b", ":1"}, {"PORT=9000"}, {{"bind", ":1"}}},
+        {{"-b:1", "--bind", "[::1]:2", "--bind=unix:/a=b"}, {},
+         {{"bind", ":1,[::1]:2,unix:/a=b"}}},
+        {{"mod:app", "-w", "4", "--timeout=9"}, {},
+         {{"app", "mod:app"}, {"workers", "4"}, {"timeout", "9"}}},
+        {{"-t9", "--", "mod:app"}, {}, {{"app", "mod:app"}, {"timeout", "9"}}},
+        {{"-t", "0", "--graceful-timeout", "0"}, {}, {{"timeout", "0"}, {"graceful-timeout", "0"}}},
+        {{"--limit-request-line", "0", "--limit-request-field_size=0", "--limit-request-body=0"},
+         {},
+         {{"limit-request-line", "0"}, {"limit-request-body", "0"}}},
+        {{"--log-file", "/x"}, {}, {{"error-logfile", "/x"}}},
+        {{"--error-logfile", "/x"}, {}, {{"error-logfile", "/x"}}},
+        {{"-e", "A=b=c", "--env=D="}, {}, {{"env", "A=b=c,D="}}},
+        {{"-k", "sync"}, {}, {{"worker-class", "sync"}}},
+        {{"--chdir=/a", "--pythonpath", "/b,/c", "--worker-tmp-dir=/d", "--access-logfile=-",
+          "--access-logformat=%(s)s", "--python=/e", "--runner=f g", "--log-level=debug"}, {},
+         {{"chdir", "/a"}, {"pythonpath", "/b,/c"}, {"worker-tmp-dir", "/d"},
+          {"access-logfile", "-"}, {"access-logformat", "%(s)s"}, {"python", "/e"},
+          {"runner", "f g"}, {"log-level", "debug"}}},
+        {{"--backlog=1", "--worker-connections=1", "--limit-request-fields=1",
+          "--header-timeout=1"}, {}, {{"backlog", "1"}, {"header-timeout", "1"},
+                                      {"worker-connections", "1"}, {"limit-request-fields", "1"}}},
+    };
+    for (const Row& row : rows) {
+        vector<string> args{"--print-config"};
+        args.insert(args.end(), row.args.begin(), row.args.end());
+        const Ran ran = run_to_end(args, row.env);
+        CAPTURE(ran.out);
+        CHECK_MESSAGE(ran.code == 0, ran.err);
+        CHECK(ran.err == "");
+        for (const auto& each : row.settings) {
+            CAPTURE(each.first);
+            CHECK(setting(ran.out, each.first) == each.second);
+        }
+    }
+}
+
+TEST_CASE("-h names every option, -v the version") {
+    for (const string option : {"-h", "--help"}) {
+        const Ran help = run_to_end({option}, {"PORT=x", "WEB_CONCURRENCY="});
+        CHECK(help.code == 0);
+        CHECK(help.err == "");
+        for (const string name :
+             {"-b, --bind", "-w, --workers", "-t, --timeout", "--graceful-timeout", "--backlog",
+              "--worker-connections", "--limit-request-line", "--limit-request-fields",
+              "--limit-request-field_size", "--limit-request-body", "--header-timeout", "--chdir",
+              "--pythonpath", "-e, --env", "--worker-tmp-dir", "--access-logfile",
+              "--access-logformat", "--error-logfile", "--log-file", "--log-level", "--python",
+              "--runner", "-k, ", "--check-config", "--print-config", "-v, ", "-h, "}) {
+            CHECK_MESSAGE(contains(help.out, name), name);
+        }
+    }
+    for (const string option : {"-v", "--version"}) {
+        const Ran version = run_to_end({option});
+        CHECK(version.code == 0);
+        CHECK(contains(version.out, kVersion));
+        CHECK(count(version.out, "\n") == 1);
+    }
+}
+
+/// A socket of ours on a free port of the loopback.
+Fd listen_somewhere(string& port, bool listening = true) {
+    Fd fd(::socket(AF_INET, SOCK_STREAM, 0));
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t size = sizeof address;
+    REQUIRE(::bind(fd.get(), reinterpret_cast<sockaddr*>(&address), size) == 0);
+    if (listening) { REQUIRE(::listen(fd.get(), 10) == 0); }
+    REQUIRE(::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&address), &size) == 0);
+    port = to_string(ntohs(address.sin_port));
+    return fd;
+}
+
+TEST_CASE("settings that are refused: in a sentence, with the exit status that they have") {
+    struct Row {
+        vector<string> args;
+        int code;
+        string text;  // of the sentence
+        vector<string> env;
+    };
+    string busy, unused;
+    const Fd listening = listen_somewhere(busy), bound = listen_somewhere(unused, false);
+    vector<Row> rows = {
+        {{"-w", "0"}, 1, "--workers", {}},
+        {{"-w-1"}, 1, "--workers", {}},
+        {{"-w", "x"}, 2, "'x'", {}},
+        {{"-w", "4x"}, 2, "'4x'", {}},
+        {{"-w", " 4"}, 2, "--workers", {}},
+        {{"-w", ""}, 2, "--workers", {}},
+        {{"-w"}, 2, "-w", {}},
+        {{"--workers="}, 2, "--workers", {}},
+        {{}, 1, "WEB_CONCURRENCY", {"WEB_CONCURRENCY=0"}},
+        {{}, 1, "99999", {"PORT=99999"}},
+        {{}, 1, "x", {"PORT=x"}},
+        {{"-b", "127.0.0.1:99999"}, 1, "99999", {}},
+        {{"-b", "127.0.0.1:-1"}, 1, "-1", {}},
+        {{"-b", "127.0.0.1:"}, 1, "127.0.0.1:", {}},
+        {{"-b", "127.0.0.1:x"}, 1, "127.0.0.1:x", {}},
+        {{"-b", ""}, 1, "address", {}},
+        {{"-b", "[::1:80"}, 1, "[::1:80", {}},
+        {{"-b", "[::1]80"}, 1, "[::1]80", {}},
+        {{"-b", "::1:80"}, 1, "::1:80", {}},
+        {{"-b", "unix:"}, 1, "unix:", {}},
+        {{"-b", "unix:/" + string(200, 'x')}, 1, "unix:", {}},
+        {{"-b", "unix:/no/such/directory/sock"}, 1, "/no/such/directory/sock", {}},
+        {{"-b", "fd://x"}, 1, "fd://x", {}},
+        {{"-b", "fd://-1"}, 1, "fd://-1", {}},
+        {{"-b", "fd://123"}, 1, "123", {}},
+        {{"-b", "fd://" + to_string(bound.get())}, 1, to_string(bound.get()), {}},
+        {{"-b", "127.0.0.1:" + busy}, 1, "127.0.0.1:" + busy + ": ", {}},
+        {{"-b", "192.0.2.1:0"}, 1, "192.0.2.1:0: ", {}},
+        {{"--backlog", "1e9"}, 2, "1e9", {}},
+        {{"--backlog", "1000000000"}, 1, "1000000000", {}},
+        {{"--backlog", "0"}, 1, "--backlog", {}},
+        {{"--header-timeout", "0"}, 1, "--header-timeout", {}},
+        {{"--worker-connections", "0"}, 1, "--worker-connections", {}},
+        {{"--limit-request-fields", "0"}, 1, "--limit-request-fields", {}},
+        {{"--log-level", "loud"}, 1, "loud", {}},
+        {{"-k", "gevent"}, 1, "gevent", {}},
+        {{"-e", "novalue"}, 1, "novalue", {}},
+        {{"-e", "=x"}, 1, "=x", {}},
+        {{"--chdir", "/no/such/directory"}, 1, "/no/such/directory", {}},
+        {{"--error-logfile", "/no/such/log"}, 1, "/no/such/log", {}},
+        {{"--log-file=/no/such/log"}, 1, "/no/such/log", {}},
+        {{"--access-logfile", "/no/such/log"}, 1, "/no/such/log", {}},
+        {{"--access-logfile", "/"}, 1, "/: ", {}},
+        {{"--no-such-option"}, 2, "--no-such-option", {}},
+        {{"--work", "3"}, 2, "--work", {}},
+        {{"-Z"}, 2, "-Z", {}},
+        {{"--check-config=yes"}, 2, "--check-config", {}},
+        {{"--bind"}, 2, "--bind", {}},
+        {{"app:app", "other:app"}, 2, "other:app", {}},
+        {{"app:app", "--", "other:app"}, 2, "other:app", {}},
+        {{"--", "app:app", "-w"}, 2, "-w", {}},
+    };
+    for (const string name : {"workers", "timeout", "graceful-timeout", "header-timeout", "backlog",
+                              "worker-connections", "limit-request-line", "limit-request-fields",
+                              "limit-request-field_size", "limit-request-body"}) {
+        rows.push_back({{"--" + name + "=-1"}, 1, "--" + name, {}});
+        rows.push_back({{"--" + name, "x"}, 2, "--" + name, {}});
+        rows.push_back({{"--" + name, "1.5"}, 2, "--" + name, {}});
+        rows.push_back({{"--" + name, "99999999999999999999"}, 1, "--" + name, {}});
+        if (name != "limit-request-body") {
+            rows.push_back({{"--" + name, "9999999999"}, 1, "--" + name, {}});
+        }
+    }
+    for (const Row& row : rows) {
+        string shown;
+        for (const string& word : row.args) { shown += word + " "; }
+        CAPTURE(shown);
+        const Ran ran = run_to_end(row.args, row.env);
+        CHECK_MESSAGE(ran.code == row.code, ran.err);
+        CHECK(count(ran.err, "\n") == 1);
+        CHECK_MESSAGE(contains(ran.err, row.text), ran.err);
+        CHECK(ran.out == "");
+    }
+    const Ran ran = run_to_end({}, {"WEB_CONCURRENCY=many"});
+    CHECK(ran.code > 0);
+    CHECK(contains(ran.err, "WEB_CONCURRENCY"));
+}
+
+TEST_CASE("an app that cannot be loaded is exit 4, a runner that cannot run 3, checked or not") {
+    struct Row {
+        string app;
+        vector<string> args;
+        int code;
+        string text;
+    };
+    const string python = "/usr/bin/python3";
+    const vector<Row> rows = {
+        {"import nothing_of_the_kind\n", {"app:app"}, 4, "nothing_of_the_kind"},
+        {"def app(:\n", {"app:app"}, 4, "SyntaxError"},
+        {"x = 1 / 0\n", {"app:app"}, 4, "app.py\", line 1"},
+        {"app = 5\n", {"app:app"}, 4, "callable"},
+        {"", {"app:app"}, 4, "app"},
+        {kHello, {"other:app"}, 4, "other"},
+        {kHello, {"app"}, 4, "application"},
+        {"import sys\nsys.exit(0)\n", {"app:app"}, 4, ""},
+        {kHello, {"app:app", "--python", "/no/such/python"}, 3, "/no/such/python"},
+    };
+    for (const Row& row : rows) {
+        for (const bool check : {false, true}) {
+            vector<string> args{"-w", "1", "-b", "127.0.0.1:0"};
+            if (row.code == 4) { args.insert(args.end(), {"--python", python}); }
+            args.insert(args.end(), row.args.begin(), row.args.end());
+            if (check) { args.emplace_back("--check-config"); }
+            CAPTURE(row.app);
+            CAPTURE(check);
+            const Ran ran = run_to_end(args, {}, row.app);
+            CHECK(ran.code == row.code);
+            CHECK_MESSAGE(contains(ran.err, row.text), ran.err);
+            CHECK(contains(ran.err, "Shutting down: Master") == !check);
+        }
+    }
+    const Ran good = run_to_end({"--check-config", "--python", python, "-w", "9", "app:app"});
+    CHECK(good.code == 0);
+    CHECK_MESSAGE(good.err == "", good.err);
+    CHECK(run_to_end({"--check-config", "--python", python, "-b", "x:99999", "app:app"}).code == 1);
+    const string factory = string("def make(n):\n    return app\n") + kHello;
+    CHECK(run_to_end({"--check-config", "--python", python, "app:make(1)"}, {}, factory).code == 0);
+}
+
+TEST_CASE("a worker that cannot load the app later does not end the server") {
+    Server server(kHello, {"-w", "1"});
+    const vector<pid_t> before = server.workers();
+    REQUIRE(before.size() == 1);
+    write_file(server.dir.path + "/app.py", "import nothing_of_the_kind\n");
+    ::kill(before[0], SIGKILL);
+    REQUIRE(server.log_has("nothing_of_the_kind"));
+    write_file(server.dir.path + "/app.py", kHello);
+    CHECK(get(server).status == 200);  // it waits in the backlog
+    CHECK_FALSE(server.ended());
+}
+
+/// Which file a path leads to, without following a link; {0, 0}: none.
+std::pair<dev_t, ino_t> identity(const string& path) {
+    struct stat info {};
+    if (::lstat(path.c_str(), &info) < 0) { return {0, 0}; }
+    return {info.st_dev, info.st_ino};
+}
+
+/// Binds a unix socket of ours, and listens if wanted.
+Fd bind_unix_socket(const string& path, bool listening) {
+    Fd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    path.copy(address.sun_path, sizeof address.sun_path - 1);
+    REQUIRE(::bind(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) == 0);
+    if (listening) { REQUIRE(::listen(fd.get(), 5) == 0); }
+    return fd;
+}
+
+bool exists(const string& path) { return identity(path).second != 0; }
+
+TEST_CASE("a unix socket: a stale one is replaced, the file goes when the server does") {
+    for (const int number : {SIGTERM, SIGINT, SIGQUIT}) {
+        const TempDir dir;
+        const string path = dir.path + "/sock";
+        { const Fd stale = bind_unix_socket(path, true); }
+        REQUIRE(exists(path));
+        Server server(kHello, {"-w", "1", "-b", "unix:" + path});
+        CHECK(contains(server.log(), "Listening at: unix:" + path + " ("));
+        CHECK(exchange(Client(path), "GET / HTTP/1.1\r\n\r\n").body == "hello\n");
+        server.signal(number);
+        REQUIRE(server.wait_end());
+        CHECK(server.exit_code() == 0);
+        CHECK_FALSE(exists(path));
+        CHECK(contains(server.log(), number == SIGTERM  ? "Handling signal: term"
+                                     : number == SIGINT ? "Handling signal: int"
+                                                        : "Handling signal: quit"));
+    }
+    const TempDir dir;
+    const string path = dir.path + "/sock";
+    const vector<string> bind{"-b", "unix:" + path, "--python", "/usr/bin/python3"};
+    CHECK(run_to_end({bind[0], bind[1], bind[2], bind[3], "app:app"}, {}, "1 / 0\n").code == 4);
+    CHECK_FALSE(exists(path));
+    CHECK(run_to_end({bind[0], bind[1], "-b", "fd://123", "app:app"}).code == 1);
+    CHECK_FALSE(exists(path));
+    CHECK(run_to_end({bind[0], bind[1], bind[2], bind[3], "--check-config", "app:app"}).code == 0);
+    CHECK_FALSE(exists(path));
+}
+
+TEST_CASE("a live unix socket is never stolen, another kind of file never removed") {
+    const TempDir dir;
+    const string live = dir.path + "/live", file = dir.path + "/file", link = dir.path + "/link";
+    const Fd owner = bind_unix_socket(live, true);
+    write_file(file, "precious");
+    REQUIRE(::symlink("nowhere", link.c_str()) == 0);
+    for (const string& path : {live, file, dir.path, link}) {
+        CAPTURE(path);
+        const auto before = identity(path);
+        const Ran ran = run_to_end({"-b", "unix:" + path, "app:app"});
+        CHECK(ran.code == 1);
+        CHECK(count(ran.err, "\n") == 1);
+        CHECK(contains(ran.err, path));
+        CHECK(identity(path) == before);
+    }
+    CHECK(read_file(file) == "precious");
+    const Client still_there(live);
+
+    for (const bool socket : {false, true}) {  // the path is another's when the server ends
+        CAPTURE(socket);
+        const string path = dir.path + (socket ? "/one" : "/two");
+        Server server(kHello, {"-w", "1", "-b", "unix:" + path});
+        REQUIRE(::unlink(path.c_str()) == 0);
+        Fd other;
+        if (socket) { other = bind_unix_socket(path, true); }
+        if (!socket) { write_file(path, "precious"); }
+        server.signal(SIGTERM);
+        REQUIRE(server.wait_end());
+        CHECK(exists(path));
+    }
+}
+
+/// Connects to [::1]; no descriptor where the machine has no such address.
+Fd connect_v6(int port) {
+    Fd fd(::socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    sockaddr_in6 address{};
+    address.sin6_family = AF_INET6;
+    address.sin6_port = htons(static_cast<uint16_t>(port));
+    address.sin6_addr = in6addr_loopback;
+    if (!fd || ::connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) < 0) {
+        fd.reset();
+    }
+    return fd;
+}
+
+bool have_v6() {
+    const Fd fd(::socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    sockaddr_in6 address{};
+    address.sin6_family = AF_INET6;
+    address.sin6_addr = in6addr_loopback;
+    return ::bind(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) == 0;
+}
+
+TEST_CASE("several addresses: all listed, all served, each with its own name") {
+    const TempDir dir;
+    const string path = dir.path + "/sock";
+    string port;
+    const Fd inherited = listen_somewhere(port);  // not close-on-exec
+    const string fd = "fd://" + to_string(inherited.get());
+    vector<string> args{"-w1", "-b", "127.0.0.1:0", "-b", ":0", "--bind=" + fd, "-bunix:" + path};
+    const bool v6 = have_v6();
+    if (v6) { args.insert(args.end(), {"-b", "[::1]:0", "-b", "[::]:0"}); }
+    const Server server(kProbe, args);
+    string line = server.log().substr(server.log().find("Listening at: "));
+    line = line.substr(0, line.find('\n'));
+    CHECK(line == "Listening at: http://127.0.0.1:" + to_string(server.port(0)) +
+                      ",http://0.0.0.0:" + to_string(server.port(1)) + ",http://127.0.0.1:" + port +
+                      ",unix:" + path +
+                      (v6 ? ",http://[::1]:" + to_string(server.port(3)) +
+                                ",http://[::]:" + to_string(server.port(4))
+                          : "") +
+                      " (" + to_string(server.pid) + ")");
+    for (size_t i = 0; i < 3; ++i) {  // the second is a wildcard: the connection's own address
+        const string body = exchange(Client(server.port(i)), http("GET /")).body;
+        CAPTURE(body);
+        CHECK(has_line(body, "SERVER_NAME=127.0.0.1"));
+        CHECK(has_line(body, "SERVER_PORT=" + to_string(server.port(i))));
+    }
+    CHECK(server.port(2) == std::atoi(port.c_str()));
+    CHECK(exchange(Client(path), http("GET /")).status == 200);
+    if (!v6) { MESSAGE("no ::1 on this machine"); }
+    for (size_t i = 3; v6 && i < 5; ++i) {
+        Client client(server);
+        client.fd = connect_v6(server.port(i));
+        REQUIRE(client.fd);
+        client.send(http("GET /"));
+        const string body = Reply(client.read_all()).body;
+        CAPTURE(body);
+        CHECK(has_line(body, "SERVER_NAME=::1"));
+        CHECK(has_line(body, "SERVER_PORT=" + to_string(server.port(i))));
+        CHECK(has_line(body, "REMOTE_ADDR=::1"));
+    }
+    if (v6) {  // a v6 literal leaves the v4 port free
+        const Server both(kHello, {"-w1", "-b", ":" + to_string(server.port(4))});
+        CHECK(get(both).status == 200);
+    }
+}
+
+TEST_CASE("the port is free again at once, also where connections linger in TIME_WAIT") {
+    string bind;
+    {
+        Server first(kHello, {"-w", "1"});
+        CHECK(get(first).status == 200);
+        bind = "127.0.0.1:" + to_string(first.port());
+        first.signal(SIGTERM);
+        REQUIRE(first.wait_end());
+        CHECK(first.exit_code() == 0);
+    }
+    const Server second(kHello, {"-w", "1", "-b", bind});
+    CHECK(get(second).status == 200);
+}
+
+TEST_CASE("log files, log level, heartbeat directory, and connections lowered to what fits") {
+    const TempDir dir;
+    const string log_path = dir.path + "/error.log";
+    Server server(string("print('the app prints', flush=True)\n") + kHello,
+                  {"-w", "1", "--error-logfile", log_path, "--worker-tmp-dir", dir.path,
+                   "--worker-connections", "9999", "--log-level", "warning"},
+                  {}, false);
+    REQUIRE(server.wait_ready_workers(1));
+    const string text = read_file(log_path);
+    CAPTURE(text);
+    CHECK(server.log() == "");
+    CHECK(contains(text, "the app prints\n"));
+    CHECK(contains(text, "[WARNING] --worker-connections lowered from 9999 to "));
+    CHECK_FALSE(contains(text, "[INFO]"));
+    bool heartbeat = false;
+    const string fds = "/proc/" + to_string(server.pid) + "/fd";
+    const std::unique_ptr<DIR, int (*)(DIR*)> list(::opendir(fds.c_str()), ::closedir);
+    while (const dirent* entry = list ? ::readdir(list.get()) : nullptr) {
+        char target[500] = "";
+        (void)!::readlink((fds + "/" + entry->d_name).c_str(), target, sizeof target - 1);
+        heartbeat = heartbeat || (contains(target, dir.path) && contains(target, "(deleted)"));
+    }
+    CHECK(heartbeat);
+}
+
+TEST_CASE("--runner starts any program that speaks the protocol of the bridge") {
+    const Server server(R"py(
+import os, sys
+data = b""
+def more():
+    global data
+    piece = os.read(0, 65536)
+    if not piece: sys.exit()
+    data += piece
+os.write(1, b"0:,")
+while True:
+    while b":" not in data: more()
+    size, _, data = data.partition(b":")
+    while len(data) <= int(size): more()
+    head, data = data[:int(size)], data[int(size) + 1:]
+    if not head: continue
+    env = head.split(b"\0")
+    while len(data) < int(env[1] or 0): more()
+    data = data[int(env[1] or 0):]
+    text = b"Status: 200 OK\nX-A: b\n\n" + env[0] + b"=" + env[1]
+    os.write(1, b"%d:%s,2:!\n,0:," % (len(text), text))
+)py", {"-w", "1", "--runner", "/usr/bin/python3 app.py"});
+    const Reply reply = post(server, "/", "abcde");
+    CHECK(reply.status == 200);
+    CHECK(field(reply, "x-a") == "b");
+    CHECK(reply.body == "CONTENT_LENGTH=5!\n");
+    CHECK(get(server).body == "CONTENT_LENGTH=!\n");
+}
+
+TEST_CASE("the standard error log is still stderr after a HUP, and logs are opened again") {
+    const Server server(kHello, {"-w", "1"});
+    const string access = server.dir.path + "/access";
+    CHECK(get(server).status == 200);
+    CHECK(server.access_has("GET /"));
+    const vector<pid_t> before = server.workers();
+    REQUIRE(::rename(access.c_str(), (access + ".1").c_str()) == 0);
+    server.signal(SIGHUP);
+    CHECK(server.log_has("Handling signal: hup"));
+    REQUIRE(wait_for([&] {
+        const vector<pid_t> now = server.workers();
+        return now.size() == 1 && now != before;
+    }));
+    CHECK(count(server.log(), "Booting worker with pid: ") == 2);
+    CHECK(get(server, "/new").status == 200);
+    CHECK(server.access_has("GET /new"));
+}
+
+// --- processes: the arbiter, its workers and runners ------------------------
+
+/// What most applications below begin with: the path names the function that answers.
+const string kTools = R"py(
+import io, os, signal, subprocess, sys, threading, time
+
+def reply(start_response, body, status="200 OK"):
+    body = body if isinstance(body, bytes) else str(body).encode()
+    start_response(status, [("Content-Length", str(len(body)))])
+    return [body]
+
+def mark(name, text="x"):
+    with open(name, "a") as file:
+        file.write(text)
+
+def wait(name):
+    while not os.path.exists(name):
+        time.sleep(0.005)
+
+def app(environ, start_response):
+    return globals()[environ["PATH_INFO"][1:]](environ, start_response)
+
+def hello(environ, start_response):
+    return reply(start_response, "hello")
+
+def gate(environ, start_response):
+    mark("at_gate")
+    wait("go")
+    return reply(start_response, "through")
+
+def leave(environ, start_response):
+    os._exit(7)
+)py";
+
+/// Waits for a file that the application makes; `size` bytes at least.
+bool wait_file(const Server& server, const string& name, size_t size = 1) {
+    return wait_for([&] { return read_file(server.dir.path + "/" + name).size() >= size; });
+}
+
+void open_gate(const Server& server) { write_file(server.dir.path + "/go", ""); }
+
+string get_bytes(const string& target) { return "GET " + target + " HTTP/1.1\r\nHost: x\r\n\r\n"; }
+
+bool alive(pid_t pid) {
+    const char state = parent_and_state(pid).second;
+    return state != ' ' && state != 'Z';
+}
+
+bool has_pid(const vector<pid_t>& pids, pid_t pid) {
+    return std::find(pids.begin(), pids.end(), pid) != pids.end();
+}
+
+/// Whether nobody listens on a port of this host.
+bool refused(int port) {
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_port = htons(static_cast<uint16_t>(port));
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    const Fd fd(::socket(AF_INET, SOCK_STREAM, 0));
+    return ::connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) < 0;
+}
+
+/// Keeps `n` clients asking for `target` as long as `more()`, and says how often each answer came:
+/// "200 hello", or "cut".
+map<string, int> load(const Server& server, size_t n, const string& target,
+                      const std::function<bool()>& more) {
+    map<string, int> answers;
+    vector<std::unique_ptr<Client>> clients(n);
+    vector<string> texts(n);
+    vector<Time> starts(n);
+    size_t open = 0;
+    for (bool going = true; (going = going && more()) || open > 0; ::poll(nullptr, 0, 1)) {
+        for (size_t i = 0; i < n; ++i) {
+            if (!clients[i] && !going) { continue; }
+            if (!clients[i]) {
+                clients[i] = std::make_unique<Client>(server);
+                clients[i]->send(get_bytes(target));
+                texts[i].clear();
+                starts[i] = Clock::now();
+                ++open;
+            }
+            char buffer[65536];
+            const bool late = Clock::now() > starts[i] + 10s;
+            const ssize_t got =
+                clients[i]->readable(0ms) ? ::recv(clients[i]->fd.get(), buffer, sizeof buffer, 0)
+                : late                    ? 0
+                                          : -2;
+            if (got == -2) { continue; }
+            if (got > 0) {
+                texts[i].append(buffer, static_cast<size_t>(got));
+                continue;
+            }
+            const Reply reply(texts[i]);
+            ++answers[reply.whole ? to_string(reply.status) + " " + reply.body : "cut"];
+            clients[i].reset();
+            --open;
+        }
+    }
+    return answers;
+}
+
+string show_answers(const map<string, int>& answers) {
+    string text;
+    for (const auto& [answer, times] : answers) {
+        text += to_string(times) + " × " + answer + "\n";
+    }
+    return text;
+}
+
+TEST_CASE("an arbiter, two workers and two runners serve; Ctrl-C ends them within a second") {
+    Server server(kHello);
+    REQUIRE(server.wait_ready_workers(2));
+    const vector<pid_t> workers = server.workers();
+    CHECK(workers.size() == 2);
+    CHECK(server.runners().size() == 2);
+    CHECK(processes_with(server.mark).size() == 5);
     const Reply reply = get(server);
     CHECK(reply.status == 200);
     CHECK(reply.body == "hello\n");
+    const Time start = Clock::now();
+    ::kill(-server.pid, SIGINT);  // the runners are in groups of their own
+    REQUIRE(server.wait_end());
+    CHECK(wait_for([&] { return processes_with(server.mark).empty(); }));
+    CHECK(seconds_since(start) < 1.2);
+    CHECK(server.exit_code() == 0);
+    const string log = server.log();
+    for (const string& line :
+         {"[" + to_string(server.pid) + "] [INFO] Starting server " + kVersion,
+          "Listening at: http://127.0.0.1:" + to_string(server.port()) + " (" +
+              to_string(server.pid) + ")",
+          string("Using worker: sync"), string("Handling signal: int"),
+          string("Shutting down: Master"), "Booting worker with pid: " + to_string(workers[0]),
+          "Worker exiting (pid: " + to_string(workers[1]) + ")"}) {
+        CAPTURE(line);
+        CHECK_MESSAGE(contains(log, line), log);
+    }
+    CHECK_MESSAGE(!contains(log, "Traceback"), log);
+    CHECK_MESSAGE(!contains(log, "[ERROR]"), log);
 }
+
+TEST_CASE("a graceful stop finishes what was begun, and atexit handlers run") {
+    Server server(kTools + "import atexit\natexit.register(mark, 'left')\n");
+    REQUIRE(server.wait_ready_workers(2));
+    const int port = server.port();
+    Client running(port), half_head(port), half_body(port);
+    half_head.send("GET /hello HTTP/1.1\r\nHo");
+    half_body.send("POST /hello HTTP/1.1\r\nContent-Length: 6\r\nExpect: 100-continue\r\n\r\n");
+    CHECK(contains(half_body.read_until([](const string& t) { return contains(t, "\r\n\r\n"); }),
+                   "100 Continue"));
+    half_body.send("abc");
+    running.send(get_bytes("/gate"));
+    REQUIRE(wait_file(server, "at_gate"));
+    server.signal(SIGTERM);
+    CHECK(server.log_has("Handling signal: term"));
+    CHECK(wait_for([&] { return refused(port); }));
+    half_head.send("st: x\r\n\r\n");
+    half_body.send("def");
+    CHECK(!server.ended());
+    open_gate(server);
+    CHECK(Reply(running.read_all()).body == "through");
+    CHECK(Reply(half_head.read_all()).body == "hello");
+    CHECK(Reply(half_body.read_all()).body == "hello");
+    REQUIRE(server.wait_end());
+    CHECK(server.exit_code() == 0);
+    CHECK(read_file(server.dir.path + "/left").size() >= 2);
+    CHECK_MESSAGE(count(server.log(), "Worker exiting (pid: ") == 2, server.log());
+}
+
+TEST_CASE("INT hastens a graceful stop") {
+    Server server(kTools, {"-w", "1"});
+    Client client(server);
+    client.send(get_bytes("/gate"));
+    REQUIRE(wait_file(server, "at_gate"));
+    server.signal(SIGTERM);
+    REQUIRE(server.log_has("Handling signal: term"));
+    CHECK(!server.wait_end(200ms));
+    server.signal(SIGINT);
+    CHECK(server.wait_end(1500ms));
+    CHECK(server.exit_code() == 0);
+}
+
+TEST_CASE("a graceful stop takes no longer than the graceful timeout") {
+    Server server(kTools, {"-w", "1", "--graceful-timeout", "1"});
+    Client client(server);
+    client.send(get_bytes("/gate"));
+    REQUIRE(wait_file(server, "at_gate"));
+    const Time start = Clock::now();
+    server.signal(SIGTERM);
+    CHECK(server.wait_end());
+    CHECK(wait_for([&] { return processes_with(server.mark).empty(); }));
+    CHECK(seconds_since(start) > 0.9);
+    CHECK(seconds_since(start) < 2);
+    CHECK(server.exit_code() == 0);
+}
+
+TEST_CASE("a stop works while the application is still being imported") {
+    for (const int number : {SIGTERM, SIGINT}) {
+        CAPTURE(number);
+        Server server(kTools + "mark('importing')\ntime.sleep(60)\n", {}, {}, false);
+        REQUIRE(wait_file(server, "importing", 2));
+        server.signal(number);
+        CHECK(server.wait_end(1500ms));
+        CHECK(server.exit_code() == 0);
+    }
+}
+
+TEST_CASE("a server whose first workers cannot boot ends, and says why") {
+    struct Row {
+        const char *title, *app;
+        vector<string> args;
+        int code;
+        vector<const char*> log;
+    };
+    const Row rows[] = {
+        {"an import error", "x = 1\nimport nothing_of_that_name\n", {}, 4,
+         {"app.py\", line 2, in <module>", "ModuleNotFoundError", "App failed to load."}},
+        {"a syntax error", "def app(:\n", {}, 4, {"app.py\", line 1", "SyntaxError"}},
+        {"no such object", "", {"app:nothing"}, 4, {"'nothing'", "App failed to load."}},
+        {"no such module", "", {"app_nothing:app"}, 4, {"No module named 'app_nothing'"}},
+        {"not callable", "app = 1\n", {}, 4, {"app:app is not callable"}},
+        {"an exit in the module", "import sys\nsys.exit(0)\n", {}, 4, {"App failed to load."}},
+        {"no such python", kHello, {"--python", "/nonexistent/python3"}, 3,
+         {"cannot run /nonexistent/python3", "Worker failed to boot."}},
+        {"no such runner", kHello, {"--runner", "/nonexistent/runner"}, 3,
+         {"Worker failed to boot."}},
+    };
+    for (const Row& row : rows) {
+        CAPTURE(string(row.title));
+        Server server(row.app, row.args, {}, false);
+        CHECK(server.wait_end(15s));
+        CHECK_MESSAGE(server.exit_code() == row.code, server.log());
+        for (const char* text : row.log) { CHECK_MESSAGE(contains(server.log(), text), text); }
+    }
+}
+
+TEST_CASE("workers that fail to boot back off, say so once a step, and the others serve") {
+    Server server(kTools, {"-w", "2"});
+    REQUIRE(server.wait_ready_workers(2));
+    write_file(server.dir.path + "/app.py", "an application that does not parse\n");
+    ::kill(server.workers()[0], SIGKILL);
+    CHECK(server.log_has("was ended by signal 9"));
+    CHECK(server.log_has("starts in 1 s"));
+    CHECK(get(server, "/hello").status == 200);
+    CHECK(server.log_has("starts in 2 s"));
+    write_file(server.dir.path + "/app.py", kTools);
+    CHECK(get(server, "/hello").status == 200);
+    CHECK(server.wait_ready_workers(2));
+    CHECK_MESSAGE(count(server.log(), "starts in ") == 2, server.log());
+    CHECK(contains(server.log(), "SyntaxError"));
+    CHECK(!server.ended());
+}
+
+TEST_CASE("TTIN adds a worker, TTOU ends one, but never the last") {
+    Server server(kHello, {"-w", "1"});
+    server.signal(SIGTTIN);
+    CHECK(server.wait_ready_workers(2));
+    CHECK(server.workers().size() == 2);
+    server.signal(SIGTTOU);
+    CHECK(wait_for([&] { return server.workers().size() == 1; }));
+    server.signal(SIGTTOU);
+    CHECK(wait_for([&] { return count(server.log(), "Handling signal: ttou") == 2; }));
+    server.signal(SIGTTIN);
+    CHECK(server.wait_ready_workers(2));  // and not one: the second TTOU changed nothing
+    CHECK(get(server).status == 200);
+    CHECK(wait_for([&] { return server.workers().size() == 2; }));
+}
+
+TEST_CASE("a reload under load fails no request, and one of a broken application changes nothing") {
+    const auto version = [](const string& text) {
+        return "def app(environ, start_response):\n"
+               "    start_response('200 OK', [('Content-Length', '" + to_string(text.size()) +
+               "')])\n    return [b'" + text + "']\n";
+    };
+    Server server(version("v1"), {"-w", "2"});
+    REQUIRE(server.wait_ready_workers(2));
+    const string file = server.dir.path + "/app.py";
+    vector<pid_t> before = server.workers();
+    const Time start = Clock::now();
+    int reloads = 0;
+    map<string, int> answers = load(server, 4, "/", [&] {
+        if (reloads == 0 && seconds_since(start) > 0.4) {
+            write_file(file, version("v22"));
+            server.signal(SIGHUP);
+            ++reloads;
+        } else if (reloads == 1 && seconds_since(start) > 1.7) {
+            write_file(file, version("v333"));
+            server.signal(SIGHUP);
+            ++reloads;
+        } else if (reloads == 2 && seconds_since(start) > 1.71) {
+            server.signal(SIGHUP);  // while the workers of the last one boot
+            ++reloads;
+        }
+        return seconds_since(start) < 3;
+    });
+    CAPTURE(show_answers(answers));
+    CHECK(answers.size() == 3);
+    for (const char* answer : {"200 v1", "200 v22", "200 v333"}) { CHECK(answers[answer] > 0); }
+    CHECK(wait_for([&] { return server.workers().size() == 2; }));
+    for (const pid_t pid : server.workers()) { CHECK(!has_pid(before, pid)); }
+    CHECK(get(server).body == "v333");
+
+    before = server.workers();
+    write_file(file, "this does not parse\n");
+    server.signal(SIGHUP);
+    CHECK_MESSAGE(server.log_has("Reload failed"), server.log());
+    CHECK(server.log_has("SyntaxError"));
+    CHECK(get(server).body == "v333");
+    CHECK(server.workers() == before);
+    write_file(file, version("v4444"));
+    server.signal(SIGHUP);
+    CHECK(wait_for([&] { return get(server).body == "v4444"; }));
+    CHECK(wait_for([&] {
+        const vector<pid_t> now = server.workers();
+        return now.size() == 2 && !has_pid(before, now[0]) && !has_pid(before, now[1]);
+    }));
+    CHECK(get(server).body == "v4444");
+}
+
+TEST_CASE("a frozen worker is replaced; a stop of the arbiter, or of all, kills nobody") {
+    Server server(kHello, {"-w", "2", "-t", "2"});
+    REQUIRE(server.wait_ready_workers(2));
+    const pid_t frozen = server.workers()[0];
+    const Time start = Clock::now();
+    ::kill(frozen, SIGSTOP);
+    CHECK(get(server).status == 200);
+    CHECK(wait_for([&] { return !alive(frozen) && server.workers().size() == 2; }));
+    CHECK(server.wait_ready_workers(2));
+    CHECK(seconds_since(start) < 5);
+    CHECK(server.log_has("WORKER TIMEOUT (pid:" + to_string(frozen) + ")"));
+
+    const vector<pid_t> workers = server.workers();
+    const size_t timeouts = count(server.log(), "WORKER TIMEOUT");
+    server.signal(SIGSTOP);
+    for (const pid_t pid : workers) { ::kill(pid, SIGSTOP); }
+    ::poll(nullptr, 0, 2600);  // longer than the timeout
+    server.signal(SIGCONT);
+    ::poll(nullptr, 0, 300);  // the arbiter comes first, and looks
+    for (const pid_t pid : workers) { ::kill(pid, SIGCONT); }
+    CHECK(get(server).status == 200);
+    CHECK(!wait_for([&] { return count(server.log(), "WORKER TIMEOUT") > timeouts; }, 700ms));
+    CHECK(server.workers() == workers);
+}
+
+TEST_CASE("a hung application gets its client 504, and harms no other client of its worker") {
+    Server server(kTools + R"py(
+
+def in_c(environ, start_response):
+    mark("pid", str(os.getpid()) + " ")
+    sum(range(10 ** 11))
+
+def swallows(environ, start_response):
+    mark("pid", str(os.getpid()) + " ")
+    while True:
+        try:
+            time.sleep(1)
+        except BaseException:
+            pass
+
+def blocks(environ, start_response):
+    mark("pid", str(os.getpid()) + " ")
+    signal.pthread_sigmask(signal.SIG_SETMASK, range(1, signal.NSIG))
+    while True:
+        time.sleep(1)
+
+def stops_midway(environ, start_response):
+    mark("pid", str(os.getpid()) + " ")
+    start_response("200 OK", [])
+    yield b"begun"
+    time.sleep(60)
+)py",
+                  {"-w", "1", "-t", "1"});
+    struct Row {
+        const char* name;
+        int status;
+        bool stack;  // a signal can reach it
+    };
+    const Row rows[] = {
+        {"in_c", 504, true}, {"swallows", 504, true}, {"blocks", 504, false},
+        {"stops_midway", 200, true}};
+    string pids;
+    for (const Row& row : rows) {
+        CAPTURE(string(row.name));
+        const size_t old = server.log().size();
+        Client other(server), hung(server);
+        other.send("GET /hello HTTP/1.1\r\nHo");
+        const Time start = Clock::now();
+        hung.send(get_bytes(string("/") + row.name + "?q=1"));
+        REQUIRE(wait_file(server, "pid", pids.size() + 2));
+        const Reply reply(hung.read_all());
+        CHECK(seconds_since(start) < 2.5);
+        CHECK(seconds_since(start) > 0.9);
+        CHECK(reply.status == row.status);
+        CHECK(reply.whole == (row.status == 504));
+        other.send("st: x\r\n\r\n");
+        CHECK(Reply(other.read_all()).body == "hello");
+        const string all = read_file(server.dir.path + "/pid");
+        const string pid = all.substr(pids.size(), all.size() - pids.size() - 1);
+        pids = all;
+        const string log = server.log().substr(old);
+        CHECK_MESSAGE(contains(log, "WORKER TIMEOUT (pid:" + pid + ")"), log);
+        CHECK_MESSAGE(contains(log, string("GET /") + row.name + "?q=1"), log);
+        CHECK_MESSAGE(contains(log, string("in ") + row.name + "\n") == row.stack, log);
+        CHECK(server.access_has(string("GET /") + row.name + "?q=1 HTTP/1.1\" " +
+                                to_string(row.status)));
+        CHECK(wait_for([&] { return !alive(std::atoi(pid.c_str())); }));
+    }
+    CHECK(count(server.log(), "Booting worker") == 1);
+}
+
+TEST_CASE("kill -9 of a runner under load loses its own request alone, with a 502") {
+    Server server(kTools + R"py(
+
+def slow(environ, start_response):
+    subprocess.Popen(["sleep", "60"])  # which holds all that it could inherit
+    mark("pid", str(os.getpid()) + " ")
+    wait("go")
+)py");
+    REQUIRE(server.wait_ready_workers(2));
+    Client victim(server);
+    victim.send(get_bytes("/slow"));
+    REQUIRE(wait_file(server, "pid", 2));
+    const Time start = Clock::now();
+    bool killed = false;
+    const map<string, int> answers = load(server, 4, "/hello", [&] {
+        if (!killed && seconds_since(start) > 0.3) {
+            ::kill(std::atoi(read_file(server.dir.path + "/pid").c_str()), SIGKILL);
+            killed = true;
+        }
+        return seconds_since(start) < 1;
+    });
+    CHECK_MESSAGE(answers.size() == 1, show_answers(answers));
+    CHECK(answers.count("200 hello") == 1);
+    CHECK(Reply(victim.read_all()).status == 502);
+    CHECK(server.log_has("was ended by signal 9 (Killed): GET /slow HTTP/1.1"));
+    CHECK(server.access_has("GET /slow HTTP/1.1\" 502"));
+    CHECK(wait_for([&] { return server.runners().size() == 2; }));
+    CHECK(processes_with(server.mark).size() == 5);
+
+    for (const pid_t idle : server.runners()) { ::kill(idle, SIGKILL); }
+    CHECK(wait_for([&] { return count(server.log(), "was ended by signal 9 (Killed)") == 3; }));
+    CHECK(get(server, "/hello").body == "hello");
+}
+
+TEST_CASE("kill -9 of the arbiter leaves no process behind, whatever the application does") {
+    Server server(kTools + R"py(
+
+def hang(environ, start_response):
+    subprocess.Popen(["sleep", "60"])
+    signal.pthread_sigmask(signal.SIG_SETMASK, range(1, signal.NSIG))
+    mark("hung")
+    while True:
+        time.sleep(1)
+)py",
+                  {"-w", "3"});
+    REQUIRE(server.wait_ready_workers(3));
+    Client hung(server), busy(server);
+    hung.send(get_bytes("/hang"));
+    busy.send(get_bytes("/gate"));
+    REQUIRE(wait_file(server, "hung"));
+    REQUIRE(wait_file(server, "at_gate"));
+    CHECK(processes_with(server.mark).size() == 8);
+    server.signal(SIGKILL);
+    CHECK(server.wait_end());
+    CHECK(wait_for([&] { return processes_with(server.mark).empty(); }, 3s));
+}
+
+TEST_CASE("nobody waits for a busy runner while another is idle") {
+    Server server(kTools);
+    REQUIRE(server.wait_ready_workers(2));
+    vector<Client> early;
+    for (int i = 0; i < 20; ++i) {
+        early.emplace_back(server);
+        early.back().send("GET /hello HTTP/1.1\r\nHo");
+    }
+    Client slow(server);
+    slow.send(get_bytes("/gate"));  // until all others have been answered
+    REQUIRE(wait_file(server, "at_gate"));
+    const auto quick = [](Client& client, const string& bytes) {
+        const Time start = Clock::now();
+        client.send(bytes);
+        CHECK(Reply(client.read_all(3s)).body == "hello");
+        return seconds_since(start);
+    };
+    double longest = 0;
+    for (Client& client : early) { longest = std::max(longest, quick(client, "st: x\r\n\r\n")); }
+    CHECK(longest < 0.3);
+    for (int i = 0; i < 20; ++i) {
+        Client client(server);
+        longest = std::max(longest, quick(client, get_bytes("/hello")));
+    }
+    CHECK(longest < 0.3);
+    vector<Client> together;
+    for (int i = 0; i < 20; ++i) { together.emplace_back(server); }
+    const Time start = Clock::now();
+    for (Client& client : together) { client.send(get_bytes("/hello")); }
+    for (Client& client : together) { CHECK(Reply(client.read_all(3s)).body == "hello"); }
+    CHECK(seconds_since(start) < 0.6);
+    open_gate(server);
+    CHECK(Reply(slow.read_all()).body == "through");
+}
+
+TEST_CASE("a request that no runner takes for as long as the timeout gets 503 with Retry-After") {
+    Server server(kTools + R"py(
+
+def trickle(environ, start_response):  # never silent for long: it is not hung
+    start_response("200 OK", [])
+    while not os.path.exists("go"):
+        yield b"x"
+        time.sleep(0.1)
+)py",
+                  {"-w", "1", "-t", "2"});
+    Client busy(server), waiting(server);
+    busy.send(get_bytes("/trickle"));
+    busy.read_until([](const string& text) { return contains(text, "x"); });
+    const Time start = Clock::now();
+    waiting.send(get_bytes("/hello"));
+    Reply reply(waiting.read_all());
+    CHECK(reply.status == 503);
+    CHECK(seconds_since(start) > 1.9);
+    CHECK(seconds_since(start) < 3.5);
+    CHECK(std::atoi(reply.fields["retry-after"].c_str()) > 0);
+    CHECK(server.access_has("GET /hello HTTP/1.1\" 503"));
+    Client patient(server);
+    patient.send(get_bytes("/hello"));
+    open_gate(server);
+    CHECK(contains(busy.read_all(), "\r\n0\r\n\r\n"));
+    CHECK(Reply(patient.read_all()).status == 200);
+    CHECK(!contains(server.log(), "WORKER TIMEOUT"));
+}
+
+TEST_CASE("starts of a runner back off until a request is completed") {
+    Server server(kTools, {"-w", "1"});
+    CHECK(get(server, "/leave").status == 502);
+    CHECK(get(server, "/leave").status == 502);
+    CHECK(server.log_has("exited with status 7: GET /leave HTTP/1.1"));
+    CHECK(server.log_has("The next runner starts in 1 s"));
+    const Time start = Clock::now();
+    CHECK(get(server, "/hello").status == 200);
+    CHECK(seconds_since(start) > 0.7);
+    CHECK(get(server, "/leave").status == 502);
+    const Time again = Clock::now();
+    CHECK(get(server, "/hello").status == 200);
+    CHECK(seconds_since(again) < 0.7);
+    CHECK_MESSAGE(count(server.log(), "The next runner starts in") == 1, server.log());
+}
+
+TEST_CASE("requests in the ready queue survive the death of the worker that read them") {
+    Server server(kTools, {"-w", "2"});
+    REQUIRE(server.wait_ready_workers(2));
+    const auto sockets = [&] {  // of clients, that workers hold
+        size_t n = 0;
+        for (const pid_t worker : server.workers()) {
+            const string name = "/proc/" + to_string(worker) + "/fd";
+            const std::unique_ptr<DIR, int (*)(DIR*)> fds(::opendir(name.c_str()), ::closedir);
+            while (const dirent* entry = fds ? ::readdir(fds.get()) : nullptr) {
+                char link[64] = "";
+                (void)!::readlink((name + "/" + entry->d_name).c_str(), link, sizeof link - 1);
+                n += contains(link, "socket:") ? 1 : 0;
+            }
+        }
+        return n;
+    };
+    vector<Client> busy;
+    for (size_t i = 1; i <= 2; ++i) {
+        busy.emplace_back(server);
+        busy.back().send(get_bytes("/gate"));
+        REQUIRE(wait_file(server, "at_gate", i));
+    }
+    const size_t before = sockets();
+    vector<Client> queued;
+    const string large(200000, 'b');  // its body goes in a file
+    for (int i = 0; i < 6; ++i) {
+        queued.emplace_back(server);
+        const string body = i == 0 ? large : "body";
+        queued.back().send("POST /hello HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: " +
+                           to_string(body.size()) + "\r\n\r\n");
+        queued.back().read_until([](const string& t) { return contains(t, "\r\n\r\n"); });
+        queued.back().send(body);
+    }
+    REQUIRE(wait_for([&] { return sockets() == before; }));
+    const pid_t worker = server.workers()[0];
+    const vector<pid_t> orphans = server.children(worker);
+    REQUIRE(orphans.size() == 1);
+    ::kill(worker, SIGKILL);
+    CHECK(wait_for([&] { return !alive(orphans[0]); }, 3s));
+    open_gate(server);
+    for (Client& client : queued) { CHECK(Reply(client.read_all()).body == "hello"); }
+    const string first = busy[0].read_all(), second = busy[1].read_all();
+    CHECK((first.empty() != second.empty()));
+}
+
+TEST_CASE("a head too large for the ready queue holds up nobody else") {
+    Server server(kTools, {"-w", "2", "--limit-request-field_size", "400000"});
+    REQUIRE(server.wait_ready_workers(2));
+    const vector<pid_t> workers = server.workers();
+    ::kill(workers[1], SIGSTOP);  // so that the other accepts all that follows
+    Client busy(server), huge(server), small(server);
+    busy.send(get_bytes("/gate"));
+    REQUIRE(wait_file(server, "at_gate"));
+    for (const auto& [client, field] : {std::pair<Client&, string>{huge, string(300000, 'h')},
+                                        std::pair<Client&, string>{small, "s"}}) {
+        client.send("POST /hello HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 4\r\n"
+                    "X-Field: " + field + "\r\n\r\n");
+        CHECK(contains(client.read_until([](const string& t) { return contains(t, "\r\n\r\n"); }),
+                       "100 Continue"));
+        client.send("body");
+    }
+    ::kill(workers[1], SIGCONT);
+    CHECK(Reply(small.read_all(2s)).body == "hello");  // by the idle runner
+    open_gate(server);
+    CHECK(Reply(busy.read_all()).body == "through");
+    CHECK(Reply(huge.read_all()).body == "hello");
+}
+
+// --- the Python runner ------------------------------------------------------
+
+/// For a query string.
+string encode(const string& text) {
+    string out;
+    for (const char c : text) {
+        char hex[4];
+        std::snprintf(hex, sizeof hex, "%%%02X", static_cast<unsigned char>(c));
+        out += hex;
+    }
+    return out;
+}
+
+string chunked(const string& body, size_t piece) {
+    std::ostringstream out;
+    for (size_t at = 0; at < body.size(); at += piece) {
+        const string part = body.substr(at, piece);
+        out << std::hex << part.size() << "\r\n" << part << "\r\n";
+    }
+    return out.str() + "0\r\n\r\n";
+}
+
+string post_bytes(const string& target, const string& body, bool chunks,
+                  const string& fields = "") {
+    return "POST " + target + " HTTP/1.1\r\nHost: x\r\n" + fields +
+           (chunks ? "Transfer-Encoding: chunked\r\n\r\n" + chunked(body, 10000)
+                   : "Content-Length: " + to_string(body.size()) + "\r\n\r\n" + body);
+}
+
+TEST_CASE("wsgiref.validate has no complaint") {
+    Server server(R"py(
+from wsgiref.validate import validator
+
+def echo(environ, start_response):
+    length = int(environ.get("CONTENT_LENGTH") or 0)
+    body = environ["wsgi.input"].read(length)
+    start_response("200 OK", [("Content-Type", "text/plain"), ("X-Method",
+                              environ["REQUEST_METHOD"])])
+    return [b"<", body, b">"]
+
+app = validator(echo)
+)py",
+                  {"-w", "1"});
+    const string large(300000, 'z');
+    struct Row {
+        string bytes, method, body;
+    };
+    const Row rows[] = {
+        {get_bytes("/a%20b?c=d"), "GET", "<>"},
+        {"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n", "HEAD", ""},
+        {post_bytes("/", "abc", false), "POST", "<abc>"},
+        {post_bytes("/", "abc", true), "POST", "<abc>"},
+        {post_bytes("/", large, true), "POST", "<" + large + ">"},
+        {"GET / HTTP/1.0\r\n\r\n", "GET", "<>"},
+    };
+    for (const Row& row : rows) {
+        CAPTURE(row.bytes.substr(0, 60));
+        Reply reply = request(server.port(), row.bytes);
+        CHECK(reply.status == 200);
+        CHECK(reply.fields["x-method"] == row.method);
+        CHECK(reply.body == row.body);
+    }
+    const string log = server.log();
+    for (const char* complaint : {"Error", "Warning", "Traceback", "closed"}) {
+        CHECK_MESSAGE(!contains(log, complaint), log);
+    }
+}
+
+TEST_CASE("wsgi.input reads as a file of the body does") {
+    Server server(R"py(
+import hashlib, io
+from urllib.parse import unquote
+
+def app(environ, start_response):
+    body = eval(environ["HTTP_X_BODY"])
+    code = unquote(environ["QUERY_STRING"])
+    found = eval(code, {"f": environ["wsgi.input"], "hashlib": hashlib})
+    wanted = eval(code, {"f": io.BytesIO(body), "hashlib": hashlib})
+    answer = "same" if found == wanted else "%r is not %r" % (found, wanted)
+    if environ["CONTENT_LENGTH"] != str(len(body)):
+        answer = "CONTENT_LENGTH is " + environ["CONTENT_LENGTH"]
+    start_response("200 OK", [])
+    return [answer.encode()[:1000]]
+)py",
+                  {"-w", "1"});
+    string lines, bytes;
+    for (int i = 0; i < 20000; ++i) { lines += "a line of text\n"; }
+    for (int i = 0; i < 5000000; ++i) { bytes += static_cast<char>(i % 250); }
+    const std::pair<string, string> bodies[] = {
+        {"b''", ""},
+        {"b'one\\ntwo'", "one\ntwo"},
+        {"b'a line of text\\n' * 20000", lines},
+    };
+    const char* codes[] = {
+        "f.read()", "f.read(-1)", "f.read(0)", "f.read(5)", "[f.read(3) for _ in range(4)]",
+        "(f.read(10**9), f.read(1), f.read())", "f.readline()", "f.readline(2)",
+        "(f.readline(100), f.readline(), f.readline())", "f.readlines()", "f.readlines(5)",
+        "list(f)", "(next(iter(f), 1), f.readline(), f.read(4), f.read())",
+        "(f.readlines(), f.readline(), f.read(), list(f))"};
+    for (const auto& each : bodies) {
+        const string &text = each.first, &body = each.second;  // no bindings: CAPTURE is a lambda
+        for (const char* code : codes) {
+            for (const bool chunks : {false, true}) {
+                CAPTURE(text);
+                CAPTURE(string(code));
+                CAPTURE(chunks);
+                const Reply reply = request(
+                    server.port(),
+                    post_bytes("/?" + encode(code), body, chunks, "X-Body: " + text + "\r\n"));
+                CHECK(reply.body == "same");
+            }
+        }
+    }
+    for (const bool chunks : {false, true}) {
+        CAPTURE(chunks);
+        const string code = "hashlib.sha256(f.read()).hexdigest()";
+        const Reply reply =
+            request(server.port(), post_bytes("/?" + encode(code), bytes, chunks,
+                                              "X-Body: bytes(range(250)) * 20000\r\n"));
+        CHECK(reply.body == "same");
+    }
+}
+
+/// Applications as PEP 3333 allows or forbids them.
+const string kProtocolApp = kTools + R"py(
+from urllib.parse import unquote
+
+def writes(environ, start_response):
+    write = start_response("200 OK", [])
+    write(b"one")
+    write(b"")
+    write(b"two")
+    return [b"three"]
+
+def empty(environ, start_response):
+    start_response("200 OK", [])
+    return []
+
+def gives_any(environ, start_response):
+    status, headers, items = eval(unquote(environ["QUERY_STRING"]))
+    start_response(status, headers)
+    return items
+
+def replaces(environ, start_response):
+    start_response("200 OK", [("X-Old", "1")])
+    try:
+        raise ValueError("replaced")
+    except ValueError:
+        start_response("503 Replaced", [("X-New", "1")], sys.exc_info())
+    return [b"instead"]
+
+def replaces_after_empty(environ, start_response):
+    start_response("200 OK", [])
+    yield b""
+    try:
+        raise ValueError("replaced")
+    except ValueError:
+        start_response("503 Replaced", [], sys.exc_info())
+    yield b"instead"
+
+def too_late(environ, start_response):
+    start_response("200 OK", [])
+    yield b"begun"
+    try:
+        raise ValueError("too late")
+    except ValueError:
+        start_response("503 Replaced", [], sys.exc_info())
+    yield b"never"
+
+def twice(environ, start_response):
+    start_response("200 OK", [])
+    start_response("200 OK", [])
+    return [b"x"]
+
+def silent(environ, start_response):
+    return [b"x"]
+
+def boom(environ, start_response):
+    raise ValueError("boom")
+
+def boom_midway(environ, start_response):
+    start_response("200 OK", [])
+    yield b"begun"
+    raise ValueError("midway")
+
+def boom_empty(environ, start_response):
+    start_response("200 OK", [])
+    yield b""
+    raise ValueError("nothing sent")
+
+def exits(environ, start_response):
+    sys.exit(5)
+
+def interrupts(environ, start_response):
+    raise KeyboardInterrupt
+
+class Items:
+    def __init__(self, items, fail=False):
+        self.items, self.fail = iter(items), fail
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        for item in self.items:
+            return item
+        if self.fail:
+            raise ValueError("failed")
+        raise StopIteration
+
+    def close(self):
+        mark("closed")
+        if self.fail == "twice":
+            raise ValueError("close failed")
+
+def closes(environ, start_response):
+    start_response("200 OK", [])
+    return Items([b"a", b"b"])
+
+def closes_failing(environ, start_response):
+    start_response("200 OK", [])
+    return Items([b"a"], True)
+
+def closes_unstarted(environ, start_response):
+    return Items([b"a"])
+
+def closes_badly(environ, start_response):
+    start_response("200 OK", [("Content-Length", "1")])
+    return Items([b"a"], "twice")
+
+def closes_endless(environ, start_response):
+    def endless():
+        while True:
+            time.sleep(0.005)
+            yield b"more" * 100
+    start_response("200 OK", [])
+    return Items(endless())
+
+def writes_endless(environ, start_response):
+    write = start_response("200 OK", [])
+    try:
+        while True:
+            time.sleep(0.005)
+            write(b"more" * 100)
+    finally:
+        mark("closed")
+
+def wraps(environ, start_response):
+    class Reader:
+        def __init__(self, file):
+            self.read = file.read
+    kind = environ["QUERY_STRING"]
+    with open("data", "wb") as file:
+        file.write(b"0123456789" * 20000)
+    file = open("data", "rb")
+    file.seek(5)
+    if kind == "memory":
+        file = io.BytesIO(b"0123456789" * 20000)
+        file.read(5)
+    if kind == "reader":
+        file = Reader(file)
+    if kind == "closing":
+        file.close = None
+        file = Items([])
+        file.read = io.BytesIO(b"x").read
+    start_response("200 OK", [])
+    return environ["wsgi.file_wrapper"](file, 1000)
+
+def wraps_buffered(environ, start_response):
+    file = open("data", "rb")
+    file.readline(7)  # the descriptor stands further on than the file does
+    start_response("200 OK", [("Content-Length", "3")])
+    return environ["wsgi.file_wrapper"](file)
+
+def streams(environ, start_response):
+    start_response("200 OK", [])
+    yield b"first"
+    wait("go")
+    yield b"second"
+
+def keeps(environ, start_response):
+    global kept
+    kept = environ["wsgi.input"], start_response("200 OK", [])
+    return [b"kept"]
+
+def late(environ, start_response):
+    start_response("200 OK", [])
+    body, write = kept
+    try:
+        write(b"late")
+    except Exception:
+        pass
+    try:
+        rest = body.read()
+    except ValueError:
+        rest = b""
+    return [b"[", rest, b"]"]
+)py";
+
+TEST_CASE("responses of all kinds") {
+    Server server(kProtocolApp, {"-w", "1"});
+    struct Row {
+        const char* target;
+        int status;
+        string body;
+        bool whole;
+        const char* log;
+    };
+    string file = "56789";
+    for (int i = 1; i < 20000; ++i) { file += "0123456789"; }
+    const Row rows[] = {
+        {"/writes", 200, "onetwothree", true, ""},
+        {"/empty", 200, "", true, ""},
+        {"/replaces", 503, "instead", true, ""},
+        {"/replaces_after_empty", 503, "instead", true, ""},
+        {"/too_late", 200, "begun", false, "ValueError: too late"},
+        {"/twice", 500, "", true, "start_response was called twice"},
+        {"/silent", 500, "", true, "start_response was not called"},
+        {"/boom", 500, "", true, "ValueError: boom"},
+        {"/boom_midway", 200, "begun", false, "ValueError: midway"},
+        {"/boom_empty", 500, "", true, "ValueError: nothing sent"},
+        {"/no_such_function", 500, "", true, "KeyError: 'no_such_function'"},
+        {"/closes", 200, "ab", true, ""},
+        {"/closes_failing", 200, "a", false, "ValueError: failed"},
+        {"/closes_unstarted", 500, "", true, "start_response was not called"},
+        {"/wraps?file", 200, file, true, ""},
+        {"/wraps?memory", 200, file, true, ""},
+        {"/wraps?reader", 200, file, true, ""},
+        {"/wraps?closing", 200, "x", true, ""},
+        {"/wraps_buffered", 200, "789", true, ""},
+        {"/hello", 200, "hello", true, ""},
+    };
+    for (const Row& row : rows) {
+        CAPTURE(string(row.target));
+        const size_t old = server.log().size();
+        const Reply reply = get(server, row.target);
+        CHECK(reply.status == row.status);
+        CHECK(reply.whole == row.whole);
+        if (row.status != 500) { CHECK(reply.body == row.body); }
+        CHECK(!contains(reply.head, "X-Old"));
+        const string log = server.log().substr(old);
+        const bool quiet = *row.log == '\0';
+        CHECK_MESSAGE((quiet ? !contains(log, "Traceback") : contains(log, row.log)), log);
+    }
+    // One for each Items above; two of them fail before a second item.
+    CHECK(wait_file(server, "closed", 4));
+    CHECK(read_file(server.dir.path + "/closed") == "xxxx");
+
+    const size_t at = kProtocolApp.find("    raise ValueError(\"boom\")");
+    const size_t line = count(kProtocolApp.substr(0, at), "\n") + 1;
+    CHECK(server.log_has("/app.py\", line " + to_string(line) + ", in boom"));
+}
+
+TEST_CASE("what is no WSGI response gets 500, and the log tells why") {
+    Server server(kProtocolApp, {"-w", "1"});
+    struct Row {
+        const char *code, *log;
+    };
+    const Row rows[] = {
+        {"b'200 OK', [], [b'x']", "TypeError: "},
+        {"200, [], [b'x']", "TypeError: "},
+        {"'200', [], [b'x']", "the status '200'"},
+        {"'OK 200', [], [b'x']", "the status 'OK 200'"},
+        {"'20x OK', [], [b'x']", "the status '20x OK'"},
+        {"'2000 OK', [], [b'x']", "the status '2000 OK'"},
+        {"'200 O\\x01K', [], [b'x']", "the status '200 O\\x01K'"},
+        {"'200 OK\\nA: b', [], [b'x']", "a line break in the status"},
+        {"'200 \\u20ac', [], [b'x']", "UnicodeEncodeError"},
+        {"'200 OK', [('A', 1)], [b'x']", "TypeError: "},
+        {"'200 OK', [(b'A', '1')], [b'x']", "TypeError: "},
+        {"'200 OK', [('A', None)], [b'x']", "TypeError: "},
+        {"'200 OK', [('A b', '1')], [b'x']", "the header field 'A b"},
+        {"'200 OK', [('', '1')], [b'x']", "the header field '"},
+        {"'200 OK', [('A:', '1')], [b'x']", "a colon in the header name"},
+        {"'200 OK', [('A', '1\\r\\nB: 2')], [b'x']", "a line break in"},
+        {"'200 OK', [('A', '1\\rB: 2')], [b'x']", "the header field 'A"},
+        {"'200 OK', [('A', '1\\0')], [b'x']", "the header field 'A"},
+        {"'200 OK', [('A', '\\u20ac')], [b'x']", "UnicodeEncodeError"},
+        {"'200 OK', [('Content-Length', 'abc')], [b'x']", "the Content-Length 'abc'"},
+        {"'200 OK', [('Content-Length', '+1')], [b'x']", "the Content-Length '+1'"},
+        {"'200 OK', [('Content-Length', '-1')], [b'x']", "the Content-Length '-1'"},
+        {"'200 OK', [('Content-Length', '')], [b'x']", "the Content-Length ''"},
+        {"'200 OK', [('Content-Length', '1')] * 2, [b'x']", "the Content-Length '1'"},
+        {"'200 OK', [], ['text']", "bytes, not <class 'str'>"},
+        {"'200 OK', [], [b'x', 'y']", "bytes, not <class 'str'>"},
+        {"'200 OK', [], iter(['', b'x'])", "bytes, not <class 'str'>"},
+        {"'200 OK', [], 'text'", "bytes, not <class 'str'>"},
+        {"'200 OK', [], [bytearray(b'x')]", "bytes, not <class 'bytearray'>"},
+        {"'200 OK', [], None", "NoneType"},
+        {"'200 OK', None, [b'x']", "NoneType"},
+    };
+    for (const Row& row : rows) {
+        CAPTURE(string(row.code));
+        const size_t old = server.log().size();
+        const Reply reply = get(server, "/gives_any?" + encode(row.code));
+        CHECK(reply.status == 500);
+        CHECK(reply.whole);
+        CHECK(!contains(reply.head, "B: 2"));
+        CHECK_MESSAGE(contains(server.log().substr(old), row.log), server.log().substr(old));
+    }
+    for (const char* code : {"'200 OK', [], b''", "'200 OK', [('A', '\\xe9')], (b'x', b'')",
+                             "'299 ', [], [b'']", "'200 OK', (('A', ''),), iter(())"}) {
+        CAPTURE(string(code));
+        CHECK(get(server, "/gives_any?" + encode(code)).status < 300);
+    }
+}
+
+TEST_CASE("streams arrive as they are made, and close() is called when the client has left") {
+    Server server(kProtocolApp, {"-w", "1"});
+    Client client(server);
+    client.send(get_bytes("/streams"));
+    string text = client.read_until([](const string& t) { return contains(t, "first\r\n"); }, 3s);
+    CHECK(!contains(text, "TIMEOUT"));
+    CHECK(!client.readable(100ms));
+    open_gate(server);
+    text += client.read_all();
+    const Reply reply(text);
+    CHECK(reply.whole);
+    CHECK(reply.body == "firstsecond");
+    CHECK(contains(text, "5\r\nfirst\r\n6\r\nsecond\r\n0\r\n\r\n"));
+
+    size_t closed = 0;
+    for (const char* target : {"/closes_endless", "/writes_endless"}) {
+        CAPTURE(string(target));
+        Client leaving(server);
+        leaving.send(get_bytes(target));
+        leaving.read_until([](const string& t) { return contains(t, "more"); });
+        leaving.reset();
+        CHECK(wait_file(server, "closed", ++closed));
+        CHECK(get(server, "/hello").body == "hello");
+        CHECK(read_file(server.dir.path + "/closed").size() == closed);
+        CHECK(server.access_has(string("GET ") + target));
+    }
+    CHECK(count(server.log(), "WORKER TIMEOUT") == 0);
+    CHECK_MESSAGE(!contains(server.log(), "Runner (pid:"), server.log());
+
+    CHECK(get(server, "/closes_badly").status == 200);
+    CHECK(request(server.port(), post_bytes("/keeps", string(200000, 'k'), false)).body == "kept");
+    CHECK(request(server.port(), post_bytes("/late", "not for the first", false)).body == "[]");
+    for (const char* target : {"/exits", "/interrupts"}) {
+        CAPTURE(string(target));
+        CHECK(get(server, target).status == 502);
+        CHECK(server.log_has(string(": GET ") + target));
+        CHECK(get(server, "/hello").status == 200);
+    }
+    CHECK(server.log_has("exited with status 5: GET /exits"));
+}
+
+const string kSystemApp = kTools + R"py(
+import multiprocessing
+
+def outputs(environ, start_response):
+    print("of python", end="")
+    print("of stderr", end="", file=sys.stderr)
+    environ["wsgi.errors"].write("of wsgi.errors")
+    os.write(1, b"of a descriptor")
+    os.system("echo of a child")
+    return gate(environ, start_response)
+
+def stdin(environ, start_response):
+    null = os.stat(os.devnull)
+    return reply(start_response, (sys.stdin.read(), os.fstat(0).st_rdev == null.st_rdev))
+
+def plain(environ, start_response):
+    got = []
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        old = signal.signal(number, lambda n, frame: got.append(n))
+        os.kill(os.getpid(), number)
+        signal.signal(number, old)
+        assert old == signal.SIG_DFL, (number, old)
+    assert got == [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD], got
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    run = subprocess.run(["sh", "-c", "cat; echo out; exit 3"], stdout=subprocess.PIPE)
+    assert (run.returncode, run.stdout) == (3, b"out\n"), run
+    trap = "kill -TERM $$; echo survived"
+    assert subprocess.run(["sh", "-c", trap], stdout=subprocess.PIPE).returncode == -15
+    pid = os.fork()
+    if pid == 0:
+        os._exit(9)
+    assert os.waitpid(pid, 0)[1] == 9 << 8
+    thread = threading.Thread(target=got.append, args=["thread"])
+    thread.start()
+    thread.join()
+    assert got[-1] == "thread"
+    return reply(start_response, "fine")
+
+def forks(environ, start_response):
+    """The child goes back into the server's code, with an answer of its own."""
+    pid = os.fork()
+    if pid == 0:
+        return reply(start_response, "the child")
+    status = os.waitpid(pid, 0)[1]
+    return reply(start_response, "the parent saw %d" % status)
+
+def forks_body(environ, start_response):
+    pid = os.fork()
+    if pid == 0:
+        environ["wsgi.input"].read()
+        return reply(start_response, "the child")
+    os.waitpid(pid, 0)
+    return reply(start_response, len(environ["wsgi.input"].read()))
+
+def double(number, queue):
+    queue.put(number * 2)
+
+def processes(environ, start_response):
+    results = []
+    for method in ("fork", "spawn"):
+        context = multiprocessing.get_context(method)
+        queue = context.Queue()
+        process = context.Process(target=double, args=(21, queue))
+        process.start()
+        results.append(queue.get(timeout=20))
+        process.join()
+    return reply(start_response, results)
+
+def background(environ, start_response):
+    threading.Thread(target=lambda: (wait("go"), mark("in_background"))).start()
+    return reply(start_response, "started")
+
+def children_write(environ, start_response):
+    code = "import os\nfor fd in map(int, os.listdir('/proc/self/fd')):\n" \
+           "    try: os.write(fd, b'5:hello,0:,')\n    except OSError: pass\n"
+    subprocess.call([sys.executable, "-c", code], close_fds=False)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            exec(code)
+            os.closerange(0, 4000)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    return reply(start_response, "fine")
+
+def closes_low(environ, start_response):
+    os.closerange(0, 500)
+    return reply(start_response, "fine")
+
+def writes_all(environ, start_response):
+    for fd in range(3, 5000):
+        try:
+            os.write(fd, b"no frame")
+        except OSError:
+            pass
+    return reply(start_response, "fine")
+
+def closes_all(environ, start_response):
+    os.closerange(0, 5000)
+    return reply(start_response, "fine")
+
+def environment(environ, start_response):
+    gone = [name for name in os.environ
+            if name.startswith(("LISTEN_", "NOTIFY_", "WATCHDOG_"))]
+    return reply(start_response, "%s|%s|%s|%s|%s|%s" % (
+        environ["SCRIPT_NAME"], environ["PATH_INFO"], os.environ["COLOUR"], gone,
+        os.getcwd() == os.path.dirname(os.path.abspath(__file__)), sys.path[0] == os.getcwd()))
+
+def descriptors(environ, start_response):
+    """Regular ones only: no client, no listener, no heartbeat file leaks into the app."""
+    kinds = [os.readlink("/proc/self/fd/" + fd) for fd in os.listdir("/proc/self/fd")
+             if os.path.exists("/proc/self/fd/" + fd)]
+    return reply(start_response, [kind for kind in kinds if "socket" in kind or "server-" in kind
+                                  and "deleted" in kind])
+
+def crossing(environ, start_response):
+    write = start_response("200 OK", [])
+    for _ in range(256):
+        write(b"w" * 65536)
+    read = len(environ["wsgi.input"].read())
+    return [b"%d" % read]
+
+def big(environ, start_response):
+    start_response("200 OK", [("Content-Length", str(64 << 20))])
+    mark("big_begun")
+    for _ in range(1024):
+        yield b"b" * 65536
+    mark("big_made")
+)py";
+
+TEST_CASE("in the application signals, children, threads and files are as in plain Python") {
+    Server server(kSystemApp, {"-w", "1", "-e", "COLOUR=light blue"},
+                  {"LISTEN_PID=1", "LISTEN_FDS=1", "LISTEN_FDNAMES=x", "NOTIFY_SOCKET=/nowhere",
+                   "WATCHDOG_USEC=1", "SCRIPT_NAME=/mount", "COLOUR=red"});
+    Client idle(server);  // a descriptor that the application must not get
+    idle.send("GET / HT");
+    CHECK(get(server, "/stdin").body == "('', True)");
+    CHECK(get(server, "/plain").body == "fine");
+    CHECK(get(server, "/forks").body == "the parent saw 0");
+    const string large(3000000, 'f');
+    CHECK(request(server.port(), post_bytes("/forks_body", large, false)).body == "3000000");
+    CHECK(get(server, "/processes").body == "[42, 42]");
+    CHECK(get(server, "/children_write").body == "fine");
+    CHECK(get(server, "/descriptors").body == "[]");
+    CHECK(get(server, "/environment").body == "|/environment|light blue|[]|True|True");
+    CHECK(get(server, "/mount/environment").body ==
+          "/mount|/environment|light blue|[]|True|True");
+
+    Client client(server);
+    client.send(get_bytes("/outputs"));
+    for (const char* text :
+         {"of python", "of stderr", "of wsgi.errors", "of a descriptor", "of a child"}) {
+        CAPTURE(text);
+        CHECK(server.log_has(text));
+    }
+    CHECK(!contains(server.out(), "of "));
+    open_gate(server);
+    CHECK(Reply(client.read_all()).body == "through");
+    CHECK(get(server, "/background").body == "started");
+    CHECK(wait_file(server, "in_background"));
+}
+
+TEST_CASE("an application that spoils its descriptors harms itself alone") {
+    Server server(kSystemApp, {"-w", "1"});
+    for (const char* target : {"/closes_low", "/writes_all", "/closes_all"}) {
+        CAPTURE(string(target));
+        Client other(server);
+        other.send("GET /hello HTTP/1.1\r\n");
+        const Reply reply = get(server, target);
+        const bool harmless = string(target) == "/closes_low";
+        CHECK(reply.status == (harmless ? 200 : 502));
+        CHECK(reply.whole);
+        CHECK(!contains(reply.raw, "no frame"));
+        other.send("Host: x\r\n\r\n");
+        CHECK(Reply(other.read_all()).body == "hello");
+    }
+}
+
+TEST_CASE("16 MB written before 16 MB are read are no deadlock; a slow client frees the app") {
+    Server server(kSystemApp, {"-w", "1"});
+    const Reply crossed =
+        request(server.port(), post_bytes("/crossing", string(16 << 20, 'r'), false), 20s);
+    CHECK(crossed.whole);
+    CHECK(crossed.body == string(16 << 20, 'w') + "16777216");
+
+    Client slow(server);
+    slow.send(get_bytes("/big"));
+    REQUIRE(wait_file(server, "big_begun"));
+    CHECK(get(server, "/hello").body == "hello");
+    CHECK(exists(server.dir.path + "/big_made"));
+    const Reply reply(slow.read_all(20s));
+    CHECK(reply.whole);
+    CHECK(reply.body == string(64 << 20, 'b'));
+}
+
+TEST_CASE("the forms in which an application can be named") {
+    const TempDir lib;
+    ::mkdir((lib.path + "/app_package").c_str(), 0755);
+    const string gets = kTools + R"py(
+
+def gets(text):
+    return lambda environ, start_response: reply(start_response, text)
+
+class Holder:
+    inner = gets("attribute")
+
+holder = Holder()
+
+def factory(text="factory"):
+    return gets(text)
+)py";
+    write_file(lib.path + "/app_package/__init__.py", gets + "application = gets('package')\n");
+    write_file(lib.path + "/app_package/sub.py", gets + "application = gets('sub')\n");
+    const char* rows[][2] = {
+        {"app_package", "package"},
+        {"app_package.sub", "sub"},
+        {"app_package.sub:application", "sub"},
+        {"app_package.sub:Holder.inner", "attribute"},
+        {"app_package.sub:factory()", "factory"},
+        {"app_package:factory('with words')", "with words"},
+        {"app_package:factory(text='x')", "x"},
+    };
+    for (const auto& row : rows) {
+        CAPTURE(string(row[0]));
+        Server server("", {"-w", "1", "--pythonpath", lib.path, row[0]});
+        CHECK(get(server).body == row[1]);
+    }
+}
+
+// --- runners in other languages ---------------------------------------------
+
+TEST_CASE("a runner can be written in another language") {
+    const TempDir dir;
+    write_file(dir.path + "/runner.pl", R"perl(
+use strict;
+binmode STDIN;
+binmode STDOUT;
+$| = 1;
+
+sub take {
+    my ($size, $data) = ($_[0], "");
+    while (length $data < $size) { read(STDIN, $data, $size - length $data, length $data) or exit }
+    return $data;
+}
+
+sub frame { print STDOUT length($_[0]) . ":$_[0]," }
+
+frame("");
+while (1) {
+    my ($size, $c) = ("");
+    $size .= $c while ($c = take(1)) ne ":";
+    my $block = take($size);
+    take(1);
+    next if $block eq "";    # the client of the last request has gone
+    chop $block;
+    my %env = split /\0/, $block, -1;
+    my $body = take($env{CONTENT_LENGTH} || 0);
+    exit 9 if $env{PATH_INFO} eq "/exit";
+    if ($env{PATH_INFO} eq "/fail") { print STDOUT "0:!"; next }
+    if ($env{PATH_INFO} eq "/garbage") { print STDOUT "hello"; next }
+    if ($env{PATH_INFO} eq "/headless") { frame("body"); frame(""); next }
+    if ($env{PATH_INFO} eq "/endless") { frame("Status: 200 OK\nA: b\n"); frame(""); next }
+    print STDERR "asked for $env{PATH_INFO}\n";
+    frame("Status: 200 OK\nContent-Type: text/plain\n\n");
+    frame("$env{REQUEST_METHOD} $env{PATH_INFO} $env{QUERY_STRING} [$env{CONTENT_LENGTH}] $body");
+    frame("");
+}
+)perl");
+    Server server("", {"-w", "2", "--runner", "perl " + dir.path + "/runner.pl"});
+    struct Row {
+        string bytes;
+        int status;
+        string body;
+    };
+    const string large(100000, 'l');
+    const Row rows[] = {
+        {get_bytes("/a?b=c"), 200, "GET /a b=c [] "},
+        {post_bytes("/p", "body", false), 200, "POST /p  [4] body"},
+        {post_bytes("/p", "body", true), 200, "POST /p  [4] body"},
+        {post_bytes("/p", large, true), 200, "POST /p  [100000] " + large},
+        {"HEAD /h HTTP/1.1\r\nHost: x\r\n\r\n", 200, ""},
+        {get_bytes("/fail"), 500, "500 Internal Server Error\n"},
+        {get_bytes("/exit"), 502, "502 Bad Gateway\n"},
+        {get_bytes("/garbage"), 502, "502 Bad Gateway\n"},
+        {get_bytes("/headless"), 500, "500 Internal Server Error\n"},
+        {get_bytes("/endless"), 500, "500 Internal Server Error\n"},
+        {get_bytes("/again"), 200, "GET /again  [] "},
+    };
+    for (const Row& row : rows) {
+        CAPTURE(row.bytes.substr(0, 40));
+        const Reply reply = request(server.port(), row.bytes);
+        CHECK(reply.status == row.status);
+        CHECK(reply.body == row.body);
+    }
+    CHECK(server.log_has("asked for /a\n"));
+    CHECK(server.log_has("exited with status 9: GET /exit HTTP/1.1"));
+    CHECK(server.log_has("broke the protocol"));
+    server.signal(SIGTERM);
+    CHECK(server.wait_end());
+    CHECK(server.exit_code() == 0);
+}
+
 // --- Flask and Django -----------------------------------------------------------------------
 
 constexpr const char* kFlask = R"py(
@@ -475,7 +5380,6 @@ TEST_CASE("Flask and Django applications run under two workers") {
         CHECK(file.body == read_file("/usr/bin/python3"));
     }
 }
-
 
 }  // namespace test
 
