@@ -1210,6 +1210,7 @@ string make_environ(const Request& r, const Endpoints& ends) {
         port = string_view(host->second).substr(std::min(server.size() + 1, host->second.size()));
     }
     string block;
+    block.reserve(1024);
     const auto add = [&block](string_view name, string_view value) {
         (((block += name) += '\0') += value) += '\0';
     };
@@ -1435,6 +1436,7 @@ class Slot:
             if colon and len(rest) > int(size):
                 self.pending = rest[int(size) + 1:]
                 return rest[:int(size)]
+            os.sched_yield()  # on a busy machine the request is there when our turn comes again
             self.more()
 
     def take(self, size):
@@ -2415,9 +2417,11 @@ private:
         if (piece.empty()) { return; }
         c.body_bytes += static_cast<int64_t>(piece.size());
         const size_t limit = reply_memory_ < kWorkerMemory ? kReplyMemory : 0;
-        char size[20];
-        std::snprintf(size, sizeof size, "%zx\r\n", piece.size());
-        if (c.chunked) { c.out.append(size, limit); }
+        if (c.chunked) {
+            char size[20];
+            std::snprintf(size, sizeof size, "%zx\r\n", piece.size());
+            c.out.append(size, limit);
+        }
         c.out.append(piece, limit);
         if (c.chunked) { c.out.append("\r\n", limit); }
     }
