@@ -5352,12 +5352,13 @@ string output_of(const string& command) {
 }
 
 TEST_CASE("Flask and Django applications run under two workers") {
-    const std::pair<const char*, const char*> frameworks[] = {{"Flask", kFlask},
-                                                              {"Django", kDjango}};
-    for (const auto& [name, source] : frameworks) {
-        CAPTURE(name);
-        const Server server(source, {"-w", "2", "-k", "sync"});
-        CHECK(get(server).body == string("Hello from ") + name);
+    const struct {
+        const char *name, *source;
+    } frameworks[] = {{"Flask", kFlask}, {"Django", kDjango}};
+    for (const auto& row : frameworks) {
+        CAPTURE(row.name);
+        const Server server(row.source, {"-w", "2", "-k", "sync"});
+        CHECK(get(server).body == string("Hello from ") + row.name);
 
         const string form = "name=Ada+Lovelace&colour=blue";
         const Reply posted = request(
