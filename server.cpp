@@ -262,7 +262,8 @@ public:
 private:
     bool store(string_view data) {  // all of it or, on a full disk, nothing
         if (!file_) { file_ = std::move(make_temp_file(temp_dir()).value); }
-        if (::lseek(file_.get(), file_end_, SEEK_SET) < 0 || !write_all(file_, data)) { return false; }
+        const bool there = ::lseek(file_.get(), file_end_, SEEK_SET) == file_end_;
+        if (!there || !write_all(file_, data)) { return false; }
         file_end_ += static_cast<int64_t>(data.size());
         return true;
     }
@@ -417,7 +418,8 @@ Error set_loglevel(Config& config, string_view text) {
 
 Error set_env(Config& config, string_view text) {
     const size_t equals = text.find('=');
-    if (equals == 0 || equals == string::npos) { return {1, "'" + string(text) + "' sets nothing"}; }
+    const bool good = equals != 0 && equals != string::npos;
+    if (!good) { return {1, "'" + string(text) + "' sets nothing"}; }
     return set<&Config::raw_env>(config, text);
 }
 
@@ -511,7 +513,8 @@ Error parse_command_line(const std::vector<const char*>& args, Config& config) {
         return string_view(value != nullptr ? value : "");
     };
     if (const string_view count = variable("WEB_CONCURRENCY"); !count.empty()) {
-        if (Error error = set_workers(config, count)) { return {1, "$WEB_CONCURRENCY: " + error.text}; }
+        const Error error = set_workers(config, count);
+        if (error) { return {1, "$WEB_CONCURRENCY: " + error.text}; }
     }
     bool options = true, have_app = false;
     for (size_t i = 0; i < args.size(); ++i) {
@@ -696,10 +699,11 @@ string access_atom(string_view name, const Access& a) {
         case 'T': return to_string(us / 1000000);
         case 'M': return to_string(us / 1000);
         case 'D': return to_string(us);
-        case 'L': return to_string(us / 1000000) + "." + to_string(1000000 + us % 1000000).substr(1);
         case 'p': return "<" + to_string(::getpid()) + ">";
+        case 'L': break;
         default: return "-";
     }
+    return to_string(us / 1000000) + "." + to_string(1000000 + us % 1000000).substr(1);
 }
 
 /// A line of `format` with its %(atom)s replaced; other text stays as it is.
@@ -793,7 +797,8 @@ Result<Listener> describe(Fd fd) {
     std::tie(listener.host, listener.port) = address_text(name);
     const bool v6 = name.ss_family == AF_INET6;
     listener.wildcard = listener.host == (v6 ? "::" : "0.0.0.0");
-    listener.text = "http://" + (v6 ? "[" + listener.host + "]" : listener.host) + ":" + listener.port;
+    const string host = v6 ? "[" + listener.host + "]" : listener.host;
+    listener.text = "http://" + host + ":" + listener.port;
     if (name.ss_family == AF_UNIX) {
         listener.text = string("unix:") + reinterpret_cast<const sockaddr_un&>(name).sun_path;
     }
@@ -983,7 +988,8 @@ public:
 
 private:
     Error check_size(size_t line) const {
-        const int limit = lines_ > 0 ? config_.limit_request_field_size : config_.limit_request_line;
+        const Config& c = config_;
+        const int limit = lines_ > 0 ? c.limit_request_field_size : c.limit_request_line;
         if ((limit == 0 || line <= static_cast<size_t>(limit)) && start_ + line <= kMaxHead) {
             return {};
         }
@@ -995,8 +1001,9 @@ private:
     static Error take_request_line(string_view line, Request& r) {
         r.method = cut(line, ' ');
         r.target = cut(line, ' ');
-        const bool lower_case = r.method.find_first_of("abcdefghijklmnopqrstuvwxyz") != string::npos;
-        if (r.method.size() < 3 || r.method.size() > 20 || lower_case || !is_token(r.method)) {
+        const size_t lower_case = r.method.find_first_of("abcdefghijklmnopqrstuvwxyz");
+        if (r.method.size() < 3 || r.method.size() > 20 || lower_case != string::npos ||
+            !is_token(r.method)) {
             return {400, "not a request method"};
         }
         if (r.target.empty() || r.target.find('\t') != string::npos || !is_field_value(r.target)) {
@@ -1164,7 +1171,8 @@ private:
             part_ = Part::Size;
         } else if (part_ == Part::Size) {
             string_view size = line.substr(0, line.find(';'));
-            if (size.size() < line.size()) { size = size.substr(0, size.find_last_not_of(" \t") + 1); }
+            const size_t end = size.find_last_not_of(" \t") + 1;
+            if (size.size() < line.size()) { size = size.substr(0, end); }
             if (size.size() > 16 || !is_field_value(line) || !parse_number(size, left_, 16)) {
                 return {400, "not a chunk size"};
             }
@@ -1305,7 +1313,9 @@ Response error_response(int status, string& body) {
     Response r;
     r.status = status;
     r.line = to_string(status);
-    for (const auto& [code, reason] : kReasons) { r.line += code == status ? string(" ") + reason : ""; }
+    for (const auto& [code, reason] : kReasons) {
+        if (code == status) { (r.line += " ") += reason; }
+    }
     body = r.line + "\n";
     r.length = static_cast<int64_t>(body.size());
     r.fields = "Content-Type: text/plain\r\nContent-Length: " + to_string(r.length) + "\r\n";
@@ -1660,7 +1670,8 @@ Error start_runner(const Config& config, Runner& runner, rlim_t files) {
     Result<Pair> requests = make_pipe(), replies = make_pipe();
     if (requests.error || replies.error) { return os_error("cannot make pipes for a runner"); }
     const string source = kRunner + ("\nmain(" + python_literal(config.app) + ", ") +
-                          python_literal(join(config.pythonpath)) + ", 'server/" + kVersion + "')\n";
+                          python_literal(join(config.pythonpath)) + ", 'server/" + kVersion +
+                          "')\n";
     const string boot = "import sys; exec(compile(sys.stdin.buffer.read(" +
                         to_string(source.size()) + "), '<server runner>', 'exec'), {})";
     runner = Runner{};
@@ -1701,6 +1712,11 @@ enum class State { ReadHead, ReadBody, Ready, Run, Reply, Linger, Done };
 constexpr auto kAcceptDelay = 10ms;   // how long a busy worker leaves connections to idle ones
 constexpr auto kKillDelay = 500ms;    // from asking a process to go to SIGKILL
 constexpr auto kLingerSilence = 2s, kLingerTotal = 10s;  // as nginx's lingering_close
+#ifdef MSG_MORE
+constexpr int kMore = MSG_MORE;  // the last bytes leave with the FIN, in one segment
+#else
+constexpr int kMore = 0;
+#endif
 constexpr size_t kReplyMemory = size_t{1} << 20, kWorkerMemory = size_t{16} << 20;
 
 /// The part of a connection that goes through the ready queue as it is.
@@ -1773,7 +1789,8 @@ ssize_t receive_message(int queue, char* data, size_t size, std::vector<Fd>& fds
     Datagram datagram(data, size, 2);
     const ssize_t n = retry([&] { return ::recvmsg(queue, &datagram.message, MSG_DONTWAIT); });
     const cmsghdr* header = n < 0 ? nullptr : CMSG_FIRSTHDR(&datagram.message);
-    for (size_t i = 0; header != nullptr && CMSG_LEN((i + 1) * sizeof(int)) <= header->cmsg_len; ++i) {
+    const size_t bytes = header == nullptr ? 0 : header->cmsg_len - CMSG_LEN(0);
+    for (size_t i = 0; i < bytes / sizeof(int); ++i) {
         int fd;
         std::memcpy(&fd, CMSG_DATA(header) + i * sizeof fd, sizeof fd);
         set_flags(fd, false);
@@ -1863,7 +1880,7 @@ private:
     /// Graceful: what has been accepted is served, also by the kernel; then the listeners close.
     void stop() {
         if (std::exchange(stopping_, true)) { return; }
-        if (booted_) { accept_clients(config_.backlog, false); }
+        if (booted_) { accept_clients(config_.backlog); }
         listeners_.clear();
         for (const auto& c : connections_) {
             if (!c || c->state != State::ReadHead || !c->in.empty()) { continue; }
@@ -1890,15 +1907,13 @@ private:
             FD_SET(queue_.second.get(), &reads);
             ahead_ = 0;
         }
-        accepting_ = booted_ && now_ >= accept_again_;
-        if (accepting_ && runner_.phase == Phase::Busy && now_ < runner_.since + kAcceptDelay) {
-            accepting_ = false;  // or all would wake for one connection, and queue what none can run
-            until = std::min(until, runner_.since + kAcceptDelay);
-        }
+        // A busy worker leaves connections to idle ones for a while: or all would wake for one.
+        const Time accept_at = std::max(accept_again_, runner_.since + kAcceptDelay);
+        const bool wait = runner_.phase == Phase::Busy && now_ < accept_at;
         for (const Listener& each : listeners_) {
-            if (accepting_) { FD_SET(each.fd.get(), &reads); }
+            if (booted_ && !wait && now_ >= accept_again_) { FD_SET(each.fd.get(), &reads); }
         }
-        return until;
+        return wait ? std::min(until, accept_at) : until;
     }
 
     void turn(const fd_set& reads, const fd_set& writes) {
@@ -1919,10 +1934,10 @@ private:
             if (readable) { read_client(*c); }
             settle(*c);
         }
-        if (accepting_ && std::any_of(listeners_.begin(), listeners_.end(), [&](const auto& each) {
-                return is_set(each.fd, reads);
-            })) {
-            accept_clients(16, true);
+        for (const Listener& each : listeners_) {
+            if (runner_.phase == Phase::Idle || !is_set(each.fd, reads)) { continue; }
+            accept_clients(16);
+            break;
         }
         run_ahead();
         if (now_ >= next_pass_) { pass_on(); }
@@ -1938,12 +1953,13 @@ private:
         }
     }
 
-    /// Goes on without select() while the runner answers at once: to yield the processor to it is
-    /// cheaper than to sleep and be woken. After some rounds the ready queue must be looked at.
+    /// Gives an idle runner work, and goes on without select() while it answers at once: to yield
+    /// the processor to it is cheaper than to sleep and be woken. After some rounds select() has to
+    /// look at the ready queue.
     void run_ahead() {
         while (true) {
             if (runner_.phase == Phase::Idle && booted_ && now_ >= accept_again_ && ahead_++ < 8) {
-                accept_clients(16, true);
+                accept_clients(16);
             }
             if (runner_.phase != Phase::Busy || runner_.since != now_) { return; }
             ::sched_yield();
@@ -2018,7 +2034,7 @@ private:
             case State::Ready: return refuse(c, {503, "no runner was to be had"});
             case State::Reply:
                 if (c.out.size() == 0) { return set_state(c, State::Reply); }
-                log(Level::Info, "The client stopped reading: %s", escape(c.request_line()).c_str());
+                log(Level::Info, "The client took nothing: %s", escape(c.request_line()).c_str());
                 return client_gone(c);
             case State::Linger: return set_state(c, State::Done);
             case State::Run:
@@ -2041,12 +2057,12 @@ private:
 #endif
     }
 
-    /// Accepts up to `most` connections from each listener; `politely`: while the runner is idle,
-    /// no more than it takes to make it busy.
-    void accept_clients(int most, bool politely) {
-        politely = politely && runner_.phase == Phase::Idle;
+    /// Accepts up to `most` connections from each listener; but for an idle runner no more than it
+    /// takes to make it busy: the rest is for the other workers.
+    void accept_clients(int most) {
+        const bool idle = runner_.phase == Phase::Idle && !stopping_;
         for (const Listener& listener : listeners_) {
-            for (int i = 0; i < most && !(politely && runner_.phase == Phase::Busy); ++i) {
+            for (int i = 0; i < most && !(idle && runner_.phase == Phase::Busy); ++i) {
                 if (connected_ >= config_.worker_connections && !shed()) { return; }
                 sockaddr_storage peer{};
                 Fd fd = accept_socket(listener.fd.get(), peer);
@@ -2125,7 +2141,8 @@ private:
         c.pass.bodyless = c.request.method == "HEAD";
         if (parsed == Parse::Bad) { return refuse(c, c.parser.error()); }
         if (parsed == Parse::NeedMore && c.pass.eof) {
-            return c.in.empty() ? set_state(c, State::Done) : refuse(c, {400, "the head ends early"});
+            if (c.in.empty()) { return set_state(c, State::Done); }
+            return refuse(c, {400, "the head ends early"});
         }
         if (parsed == Parse::NeedMore) { return; }
         const Request request = std::move(c.request);
@@ -2195,7 +2212,7 @@ private:
             const string_view data = c.out.front();
             const bool last = c.complete && !c.pass.more && !c.broken;
             const ssize_t n = retry([&] {
-                return ::send(c.socket.get(), data.data(), data.size(), last ? MSG_MORE : 0);
+                return ::send(c.socket.get(), data.data(), data.size(), last ? kMore : 0);
             });
             if (n < 0) { return would_block() ? void() : client_gone(c); }
             c.out.pop(static_cast<size_t>(n));
@@ -2232,8 +2249,9 @@ private:
     void write_access(const Connection& c, int status) const {
         if (!g_log.access_file) { return; }
         const Time start = c.pass.started != Time{} ? c.pass.started : c.pass.accepted;
-        const Access access{c.env, c.head, c.request_line(), c.ends.peer, status, c.body_bytes,
-                            std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - start)};
+        const auto took = std::chrono::ceil<std::chrono::microseconds>(Clock::now() - start);
+        const Access access{c.env,  c.head,       c.request_line(), c.ends.peer,
+                            status, c.body_bytes, took};
         (void)write_all(g_log.access_file, access_line(config_.access_log_format, access));
     }
 
@@ -2246,7 +2264,8 @@ private:
         for (size_t i = 0; i < ready_.size();) {
             Connection& c = *ready_[i];
             // As long as the runner gets through its requests quickly, waiting here is quicker.
-            next_pass_ = std::max(c.pass.started, std::min(runner_.since, c.pass.started + 9ms)) + 1ms;
+            const Time since = c.pass.started;
+            next_pass_ = std::max(since, std::min(runner_.since, since + 9ms)) + 1ms;
             if (now_ < next_pass_) { return; }
             c.pass.stored = c.body.stored();
             c.pass.env_size = c.env.size();
@@ -2276,7 +2295,8 @@ private:
             Connection* c = adopt(std::move(fds[0]));
             if (c == nullptr) { return nullptr; }
             std::memcpy(&c->pass, buffer_, sizeof c->pass);
-            const string_view data(buffer_ + sizeof c->pass, static_cast<size_t>(n) - sizeof c->pass);
+            string_view data(buffer_, static_cast<size_t>(n));
+            data.remove_prefix(sizeof c->pass);
             c->env = data.substr(0, c->pass.env_size);
             c->body.append(data.substr(c->env.size()), data.size());
             if (fds.size() > 1) { c->body.adopt_file(raise_fd(std::move(fds[1])), c->pass.stored); }
@@ -2338,7 +2358,8 @@ private:
             if (all && !std::exchange(runner_.tell_gone, false)) { return become_idle(); }
             if (all) { runner_.outgoing = "0:,"; }
             const bool head = !runner_.outgoing.empty();
-            const ssize_t n = write_some(runner_.to, head ? runner_.outgoing : runner_.body.front());
+            const string_view data = head ? runner_.outgoing : runner_.body.front();
+            const ssize_t n = write_some(runner_.to, data);
             if (n < 0) { return would_block() ? void() : lose_runner(); }
             head ? void(runner_.outgoing.erase(0, static_cast<size_t>(n)))
                  : runner_.body.pop(static_cast<size_t>(n));
@@ -2570,7 +2591,7 @@ private:
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
     std::deque<Connection*> ready_;                        // complete, waiting here for a runner
     int connected_ = 0, failures_ = 0, status_ = 0, max_fd_ = 0;
-    bool booted_ = false, stopping_ = false, quick_ = false, accepting_ = false, spinner_ = false;
+    bool booted_ = false, stopping_ = false, quick_ = false, spinner_ = false;
     int ahead_ = 0;  // connections accepted since the ready queue was last looked at
     bool dismissed_ = false;  // the last runner was told to leave
     size_t reply_memory_ = 0;
