@@ -262,7 +262,7 @@ public:
 private:
     bool store(string_view data) {  // all of it or, on a full disk, nothing
         if (!file_) { file_ = std::move(make_temp_file(temp_dir()).value); }
-        const bool there = ::lseek(file_.get(), file_end_, SEEK_SET) == file_end_;
+        const bool there = ::lseek(file_.get(), file_end_, SEEK_SET) >= 0;
         if (!there || !write_all(file_, data)) { return false; }
         file_end_ += static_cast<int64_t>(data.size());
         return true;
