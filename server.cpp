@@ -2063,15 +2063,14 @@ private:
         const bool idle = runner_.phase == Phase::Idle && !stopping_;
         for (const Listener& listener : listeners_) {
             for (int i = 0; i < most && !(idle && runner_.phase == Phase::Busy); ++i) {
-                if (connected_ >= config_.worker_connections && !shed()) { return; }
+                if (connected_ >= config_.worker_connections && !shed()) { return pause_accepting(); }
                 sockaddr_storage peer{};
                 Fd fd = accept_socket(listener.fd.get(), peer);
                 if (!fd && (errno == EINTR || errno == ECONNABORTED)) { continue; }
                 if (!fd && !would_block()) {
                     log(Level::Error, "cannot accept: %s", std::strerror(errno));
                     shed();
-                    accept_again_ = now_ + 100ms;  // no spin until something is freed
-                    next_tick_ = std::min(next_tick_, accept_again_);
+                    return pause_accepting();
                 }
                 Connection* c = fd ? adopt(std::move(fd)) : nullptr;
                 if (c == nullptr) { break; }
@@ -2085,6 +2084,12 @@ private:
                 settle(*c);
             }
         }
+    }
+
+    /// No spin around a listener that cannot be served until something is freed.
+    void pause_accepting() {
+        accept_again_ = now_ + 100ms;
+        next_tick_ = std::min(next_tick_, accept_again_);
     }
 
     /// The one door for sockets that select() will see; null for a descriptor beyond its reach.

@@ -5282,6 +5282,41 @@ while (1) {
     CHECK(server.exit_code() == 0);
 }
 
+/// Processor time of a process so far, in clock ticks.
+long cpu_ticks(pid_t pid) {
+    const string stat = read_file("/proc/" + to_string(pid) + "/stat");
+    std::istringstream words(stat.substr(stat.rfind(')') + 2));
+    string word;
+    long ticks = 0;
+    for (int field = 3; words >> word && field <= 15; ++field) {
+        if (field >= 14) { ticks += std::atol(word.c_str()); }
+    }
+    return ticks;
+}
+
+TEST_CASE("a worker that holds all the connections it may waits for one to end, and does not spin") {
+    const Server server(R"py(
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Length", "9000000")])
+    return [b"x" * 9000000]
+)py",
+                        {"-w", "1", "--worker-connections", "2"});
+    Client first(server), second(server);
+    for (Client* client : {&first, &second}) {
+        client->send("GET / HTTP/1.1\r\n\r\n");
+        REQUIRE(client->readable(5s));
+    }
+    Client third(server);
+    third.send("GET / HTTP/1.1\r\n\r\n");
+    const pid_t worker = server.workers()[0];
+    const long before = cpu_ticks(worker), second_of_ticks = ::sysconf(_SC_CLK_TCK);
+    CHECK_FALSE(third.readable(1s));
+    CHECK(cpu_ticks(worker) - before < second_of_ticks / 4);
+    CHECK(Reply(first.read_all()).whole);
+    CHECK(Reply(third.read_all()).whole);
+    CHECK(Reply(second.read_all()).whole);
+}
+
 // --- Flask and Django -----------------------------------------------------------------------
 
 constexpr const char* kFlask = R"py(
