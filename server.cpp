@@ -18,7 +18,8 @@
 // queue), and takes the response at the application's speed, whatever the client's.
 //
 //   Signal      arbiter                                      worker
-//   TERM        graceful stop                                serve what was accepted, then leave
+//   TERM        graceful stop: USR2 to all workers           serve what was accepted, then leave
+//   USR2        (not used)                                   the same, and empty the ready queue
 //   INT, QUIT   stop within a second                         leave at once
 //   HUP         reload: new workers, then TERM to the old    ignored
 //   TTIN, TTOU  one worker more, one worker less             ignored
@@ -29,6 +30,7 @@
 #include <fcntl.h>
 #include <netdb.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/resource.h>
@@ -822,6 +824,17 @@ Error clear_path(const string& path, const sockaddr_un& name) {
     return {};
 }
 
+/// Accepted sockets inherit it: the kernel holds little that it could not send yet, so that a
+/// socket becomes writable soon after its client has read something, however slow it is.
+void limit_unsent(int fd) {
+#ifdef TCP_NOTSENT_LOWAT
+    const int bytes = 2 * kPiece;
+    ::setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &bytes, sizeof bytes);
+#else
+    (void)fd;
+#endif
+}
+
 /// Binds one address and listens.
 Result<Listener> bind_address(const Address& address, int backlog) {
     if (address.fd >= 0) { return describe(Fd(address.fd)); }
@@ -850,6 +863,7 @@ Result<Listener> bind_address(const Address& address, int backlog) {
     const int on = 1;
     ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     if (address.v6) { ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on); }
+    if (tcp) { limit_unsent(fd.get()); }
     const mode_t mask = ::umask(0);  // gunicorn's default: anyone may connect to a unix socket
     const int bound = ::bind(fd.get(), reinterpret_cast<sockaddr*>(&name), size);
     ::umask(mask);
@@ -1640,11 +1654,12 @@ string python_literal(string_view text) {
     ::dup2(pipes.first.get(), STDIN_FILENO);
     ::dup2(pipes.second.get(), STDOUT_FILENO);
     ::dup2(g_log.error_file.get(), STDERR_FILENO);
-    for (char** entry = environ; *entry != nullptr;) {  // what is between systemd and the server
+    Strings gone{"NOTIFY_SOCKET"};  // what is between systemd and the server
+    for (char** entry = environ; *entry != nullptr; ++entry) {
         const string name = string(*entry).substr(0, string_view(*entry).find('='));
-        const bool ours = name.find("LISTEN_") == 0 || name.find("WATCHDOG_") == 0;
-        ours || name == "NOTIFY_SOCKET" ? void(::unsetenv(name.c_str())) : void(++entry);
+        if (name.find("LISTEN_") == 0 || name.find("WATCHDOG_") == 0) { gone.push_back(name); }
     }
+    for (const string& name : gone) { ::unsetenv(name.c_str()); }
     struct rlimit limit {};
     ::getrlimit(RLIMIT_NOFILE, &limit);
     limit.rlim_cur = files;
@@ -1677,10 +1692,6 @@ Error start_runner(const Config& config, Runner& runner, rlim_t files) {
     runner = Runner{};
     runner.to = std::move(requests.value.second);
     runner.from = std::move(replies.value.first);
-    for (const Fd* end : {&runner.to, &runner.from}) { set_flags(end->get(), true); }
-    if (config.runner.empty() && !write_all(runner.to, source)) {  // the pipe holds it all
-        return os_error("cannot feed the runner");
-    }
     const Pair theirs{std::move(requests.value.first), std::move(replies.value.second)};
     const pid_t worker = ::getpid();
     block_signals(true);
@@ -1689,6 +1700,8 @@ Error start_runner(const Config& config, Runner& runner, rlim_t files) {
     block_signals(false);
     if (pid < 0) { return os_error("cannot fork"); }
     ::setpgid(pid, pid);  // here too: a signal to its group may be due before it runs
+    if (config.runner.empty()) { (void)write_all(runner.to, source); }  // waitpid() tells if it died
+    for (const Fd* end : {&runner.to, &runner.from}) { set_flags(end->get(), true); }
     runner.phase = Phase::Booting;
     runner.pid = pid;
     return {};
@@ -1773,8 +1786,11 @@ struct Datagram {
     }
 };
 
+constexpr size_t kMaxMessage = 4 * kPiece;
+
 /// False where the queue is full, or the message larger than it takes.
 bool send_message(int queue, string& data, const std::vector<int>& fds) {
+    if (data.size() > kMaxMessage) { return errno = EMSGSIZE, false; }
     Datagram datagram(data.data(), data.size(), fds.size());
     cmsghdr* header = CMSG_FIRSTHDR(&datagram.message);
     header->cmsg_level = SOL_SOCKET;
@@ -1811,9 +1827,9 @@ class Worker {
 public:
     /// `queue` is what every worker of every generation inherits; a byte into `arbiter` wakes it.
     Worker(const Config& config, std::vector<Listener>& listeners, const Pair& queue,
-           const Fd& tmp, Fd arbiter, rlim_t files)
+           const Fd& tmp, Fd arbiter, pid_t arbiter_pid, rlim_t files)
         : config_(config), listeners_(listeners), queue_(queue), tmp_(tmp),
-          arbiter_(std::move(arbiter)), files_(files) {}
+          arbiter_(std::move(arbiter)), arbiter_pid_(arbiter_pid), files_(files) {}
 
     /// Serves until it is told to stop; returns the exit status.
     int run() {
@@ -1848,10 +1864,10 @@ private:
     }
 
     static Error init_signals() {
-        for (const int number : {SIGHUP, SIGUSR1, SIGUSR2, SIGWINCH, SIGTTIN, SIGTTOU, SIGPIPE}) {
+        for (const int number : {SIGHUP, SIGUSR1, SIGWINCH, SIGTTIN, SIGTTOU, SIGPIPE}) {
             set_signal(number, SIG_IGN);
         }
-        const Error error = open_self_pipe({SIGTERM, SIGINT, SIGQUIT, SIGCHLD});
+        const Error error = open_self_pipe({SIGTERM, SIGUSR2, SIGINT, SIGQUIT, SIGCHLD});
         block_signals(false);
         return error;
     }
@@ -1866,13 +1882,15 @@ private:
 
     /// Whether a runner is still wanted.
     bool has_work() const {
-        return !quick_ && (!stopping_ || connected_ > 0 || !(dismissed_ || queue_is_empty()));
+        return !quick_ && (!stopping_ || connected_ > 0 ||
+                           (draining_ && !dismissed_ && !queue_is_empty()));
     }
 
     void handle_signals() {
         for (int number; (number = next_signal()) >= 0;) {
             if (number == SIGCHLD) { reap_runner(); }
-            if (number == SIGTERM) { stop(); }
+            draining_ = draining_ || number == SIGUSR2;
+            if (number == SIGTERM || number == SIGUSR2) { stop(); }
             if (number == SIGINT || number == SIGQUIT) { stop_now(); }
         }
     }
@@ -1904,8 +1922,9 @@ private:
             FD_SET(runner_.to.get(), &writes);
         }
         if (runner_.phase == Phase::Idle) {
-            FD_SET(queue_.second.get(), &reads);
             ahead_ = 0;
+            const bool room = connected_ <= config_.worker_connections || find_victim() != nullptr;
+            if (room && takes_from_queue()) { FD_SET(queue_.second.get(), &reads); }
         }
         // A busy worker leaves connections to idle ones for a while: or all would wake for one.
         const Time accept_at = std::max(accept_again_, runner_.since + kAcceptDelay);
@@ -1957,7 +1976,7 @@ private:
     /// the processor to it is cheaper than to sleep and be woken. After some rounds select() has to
     /// look at the ready queue.
     void run_ahead() {
-        while (true) {
+        for (int round = 0; round < 64; ++round) {
             if (runner_.phase == Phase::Idle && booted_ && now_ >= accept_again_ && ahead_++ < 8) {
                 accept_clients(16);
             }
@@ -2015,7 +2034,9 @@ private:
         switch (state) {
             case State::ReadHead: c.deadline = c.pass.accepted + config_.header_timeout; break;
             case State::ReadBody: c.deadline = patience; break;
-            case State::Ready: c.deadline = patience - (now_ - c.pass.started); break;
+            case State::Ready:
+                c.deadline = config_.timeout > 0s ? c.pass.started + config_.timeout : patience;
+                break;
             case State::Run: c.deadline = Time::max(); break;  // the runner's counts
             case State::Reply: c.deadline = patience; break;
             case State::Linger: c.deadline = now_ + kLingerSilence; break;
@@ -2063,15 +2084,17 @@ private:
         const bool idle = runner_.phase == Phase::Idle && !stopping_;
         for (const Listener& listener : listeners_) {
             for (int i = 0; i < most && !(idle && runner_.phase == Phase::Busy); ++i) {
-                if (connected_ >= config_.worker_connections && !shed()) { return pause_accepting(); }
+                const bool full = connected_ >= config_.worker_connections;
+                if (full && find_victim() == nullptr) { return pause_accepting(); }
                 sockaddr_storage peer{};
                 Fd fd = accept_socket(listener.fd.get(), peer);
                 if (!fd && (errno == EINTR || errno == ECONNABORTED)) { continue; }
                 if (!fd && !would_block()) {
                     log(Level::Error, "cannot accept: %s", std::strerror(errno));
-                    shed();
+                    if (errno == EMFILE || errno == ENFILE) { shed(); }
                     return pause_accepting();
                 }
+                if (fd && full) { shed(); }
                 Connection* c = fd ? adopt(std::move(fd)) : nullptr;
                 if (c == nullptr) { break; }
                 std::tie(c->ends.peer, c->ends.peer_port) = address_text(peer);
@@ -2102,8 +2125,9 @@ private:
         return connections_[number].get();
     }
 
-    /// Makes room: ends a lingering connection, or the one that has been unfinished for longest.
-    bool shed() {
+    /// Who has to go when there are too many: one that lingers, or else the one that has been
+    /// unfinished for longest. Null: all are being served.
+    Connection* find_victim() const {
         const auto rank = [](const Connection& c) {
             return std::make_pair(c.state != State::Linger, c.pass.accepted);
         };
@@ -2112,9 +2136,15 @@ private:
             if (!c || (c->state != State::Linger && c->state > State::ReadBody)) { continue; }
             if (victim == nullptr || rank(*c) < rank(*victim)) { victim = c.get(); }
         }
+        return victim;
+    }
+
+    bool shed() {
+        Connection* victim = find_victim();
         if (victim == nullptr) { return false; }
         if (victim->state == State::ReadBody || !victim->in.empty()) {
             refuse(*victim, {503, "too many connections"});
+            (void)read_some(victim->socket, buffer_, kPiece);  // unread bytes would reset it
         }
         set_state(*victim, State::Done);
         settle(*victim);
@@ -2230,7 +2260,7 @@ private:
     /// response with it: then half-close, and read on (RFC 9112 section 9.6).
     void finish(Connection& c) {
         write_access(c, c.response.status);
-        if (c.broken && !c.chunked && c.left < 0) {
+        if (c.broken && !c.chunked && c.left < 0 && !c.pass.bodyless) {
             const struct linger reset = {1, 0};  // only a reset shows that this response is cut
             ::setsockopt(c.socket.get(), SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
             return set_state(c, State::Done);
@@ -2254,9 +2284,9 @@ private:
     void write_access(const Connection& c, int status) const {
         if (!g_log.access_file) { return; }
         const Time start = c.pass.started != Time{} ? c.pass.started : c.pass.accepted;
+        const int64_t bytes = std::max<int64_t>(c.body_bytes - c.out.size(), 0);  // less if cut
         const auto took = std::chrono::ceil<std::chrono::microseconds>(Clock::now() - start);
-        const Access access{c.env,  c.head,       c.request_line(), c.ends.peer,
-                            status, c.body_bytes, took};
+        const Access access{c.env, c.head, c.request_line(), c.ends.peer, status, bytes, took};
         (void)write_all(g_log.access_file, access_line(config_.access_log_format, access));
     }
 
@@ -2291,9 +2321,13 @@ private:
         }
     }
 
-    /// The request that has waited longest in the queue, null if there is none.
+    /// A worker that leaves alone, or makes way for a new one, leaves the queue to the others.
+    bool takes_from_queue() const { return !stopping_ || draining_; }
+
+    /// The request that has waited longest in the queue, null if there is none to be had.
     Connection* take_from_queue() {
-        while (true) {
+        // One more than the limit: a descriptor that finds no room is lost with its request.
+        while (takes_from_queue() && (connected_ <= config_.worker_connections || shed())) {
             std::vector<Fd> fds;
             const ssize_t n = receive_message(queue_.second.get(), buffer_, sizeof buffer_, fds);
             if (n < static_cast<ssize_t>(sizeof(Passport)) || fds.empty()) { return nullptr; }
@@ -2312,6 +2346,7 @@ private:
             if (c->state == State::Ready) { return c; }
             settle(*c);
         }
+        return nullptr;
     }
 
     bool queue_is_empty() const {
@@ -2365,7 +2400,11 @@ private:
             const bool head = !runner_.outgoing.empty();
             const string_view data = head ? runner_.outgoing : runner_.body.front();
             const ssize_t n = write_some(runner_.to, data);
-            if (n < 0) { return would_block() ? void() : lose_runner(); }
+            if (n < 0 && !would_block()) {  // it ends; but it may have answered
+                runner_.to.reset();
+                kill_runner_after(1s);
+            }
+            if (n < 0) { return; }
             head ? void(runner_.outgoing.erase(0, static_cast<size_t>(n)))
                  : runner_.body.pop(static_cast<size_t>(n));
         }
@@ -2381,8 +2420,8 @@ private:
         string_view in(buffer_, static_cast<size_t>(n)), piece;
         for (Event event; (event = runner_.reader.next(in, piece)) != Event::NeedMore;) {
             const bool last = event == Event::End || event == Event::Failed;
-            if (event == Event::Bad || (last && !in.empty()) ||
-                (runner_.phase != Phase::Busy && event != Event::End)) {
+            const bool quiet = runner_.phase == Phase::Booting || runner_.phase == Phase::Idle;
+            if (event == Event::Bad || (last && !in.empty()) || (quiet && event != Event::End)) {
                 log(Level::Error, "Runner (pid:%d) broke the protocol", runner_.pid);
                 signal_runner(SIGKILL);
                 return lose_runner(), false;
@@ -2473,6 +2512,7 @@ private:
                     escape(c->request_line()).c_str());
             }
             if (good && c->chunked) { c->out.append("0\r\n\r\n", kReplyMemory); }
+            if (runner_.body.size() > 0) { runner_.request = c->request_line(); }
             become_idle();  // the runner has its next request before this client its response
             return end_response(*c, good && !cut, {500, "the application failed"});
         }
@@ -2590,7 +2630,7 @@ private:
     const Pair& queue_;  // first is sent into, second received from
     const Fd& tmp_;      // the heartbeat file
     const Fd arbiter_;
-    const pid_t arbiter_pid_ = ::getppid();
+    const pid_t arbiter_pid_;
     const rlim_t files_;
     Runner runner_;
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
@@ -2598,12 +2638,12 @@ private:
     int connected_ = 0, failures_ = 0, status_ = 0, max_fd_ = 0;
     bool booted_ = false, stopping_ = false, quick_ = false, spinner_ = false;
     int ahead_ = 0;  // connections accepted since the ready queue was last looked at
-    bool dismissed_ = false;  // the last runner was told to leave
+    bool draining_ = false, dismissed_ = false;  // all workers stop; the last runner was told to go
     size_t reply_memory_ = 0;
     fd_set reads_, writes_;  // what select() watches for the connections
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time next_pass_ = Time::max(), restart_at_ = Time::max();
-    char buffer_[4 * kPiece];  // a whole datagram of the ready queue fits
+    char buffer_[kMaxMessage];
 };
 
 // ============================================================================
@@ -2640,9 +2680,9 @@ public:
             FD_ZERO(&reads);
             FD_ZERO(&writes);
             FD_SET(g_self_pipe.first.get(), &reads);
-            const auto soon = stopping_ || aborting_ ? 100ms : 1000ms;
-            wait_ready(g_self_pipe.first.get(), reads, writes,
-                       std::min(now_ + soon, std::max(spawn_again_, now_ + 10ms)));
+            Time until = now_ + (stopping_ || aborting_ ? 100ms : 1000ms);
+            if (spawn_again_ > now_) { until = std::min(until, spawn_again_); }
+            wait_ready(g_self_pipe.first.get(), reads, writes, until);
             const Time before = std::exchange(now_, Clock::now());
             if (now_ > before + 1500ms) {  // we were stopped: silence of the workers proves nothing
                 for (WorkerInfo& worker : workers_) { worker.last_change = now_; }
@@ -2668,7 +2708,6 @@ private:
         if (::socketpair(AF_UNIX, SOCK_DGRAM, 0, fds) < 0) { return os_error("no ready queue"); }
         queue_ = {Fd(fds[0]), Fd(fds[1])};
         for (const int fd : fds) { set_flags(fd, true); }
-        set_signal(SIGPIPE, SIG_IGN);
         return open_self_pipe({SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGCHLD});
     }
 
@@ -2690,7 +2729,9 @@ private:
     void halt(int number) {
         stopping_ = true;
         for (Listener& each : listeners_) { each.fd.reset(); }
-        for (WorkerInfo& worker : workers_) { stop_worker(worker, number); }
+        for (WorkerInfo& worker : workers_) {
+            stop_worker(worker, number == SIGTERM ? SIGUSR2 : number);
+        }
     }
 
     void stop_worker(WorkerInfo& worker, int number) const {
@@ -2807,12 +2848,14 @@ private:
     /// Forks one worker; its pid, or -1. The child leaves by _exit: nothing of the arbiter's runs.
     pid_t spawn_worker(int generation) {
         Result<Fd> tmp = make_temp_file(config_.worker_tmp_dir);
+        const pid_t arbiter = ::getpid();
         block_signals(true);
         const pid_t pid = tmp.error ? -1 : ::fork();
         if (pid == 0) {
             workers_.clear();
-            const auto worker = std::make_unique<Worker>(config_, listeners_, queue_, tmp.value,
-                                                         std::move(g_self_pipe.second), files_);
+            const auto worker =
+                std::make_unique<Worker>(config_, listeners_, queue_, tmp.value,
+                                         std::move(g_self_pipe.second), arbiter, files_);
             ::_exit(worker->run());
         }
         block_signals(false);
@@ -2860,7 +2903,8 @@ Error apply(Config& config, rlim_t& files) {
     files = std::exchange(limit.rlim_cur, std::min<rlim_t>(limit.rlim_max, 4 * FD_SETSIZE));
     ::setrlimit(RLIMIT_NOFILE, &limit);
     const int others = 20 + static_cast<int>(config.bind.size());  // that select() sees
-    const int most = static_cast<int>(std::min<rlim_t>(limit.rlim_cur, FD_SETSIZE)) - others;
+    int most = static_cast<int>(std::min<rlim_t>(limit.rlim_cur, FD_SETSIZE)) - others;
+    if (limit.rlim_cur < 2 * FD_SETSIZE) { most /= 2; }  // temporary files come out of the same few
     if (config.worker_tmp_dir.empty()) {  // a disk that stalls must not look like a dead worker
         const bool shm = ::access("/dev/shm", W_OK | X_OK) == 0;
         config.worker_tmp_dir = shm ? "/dev/shm" : temp_dir();
@@ -2911,6 +2955,7 @@ int main(int argc, char** argv) {
         fd = ::open("/dev/null", O_RDWR | (fd > 0 ? O_CLOEXEC : 0));
         if (fd > STDERR_FILENO) { ::close(fd); }
     }
+    set_signal(SIGPIPE, SIG_IGN);
     g_log.error_file.reset(::fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3));
     Config config;
     std::vector<Listener> listeners;

@@ -5297,8 +5297,8 @@ long cpu_ticks(pid_t pid) {
 TEST_CASE("a worker that holds all the connections it may waits for one to end, and does not spin") {
     const Server server(R"py(
 def app(environ, start_response):
-    start_response("200 OK", [("Content-Length", "9000000")])
-    return [b"x" * 9000000]
+    start_response("200 OK", [("Content-Length", "40000000")])
+    return [b"x" * 40000000]
 )py",
                         {"-w", "1", "--worker-connections", "2"});
     Client first(server), second(server);
@@ -5315,6 +5315,107 @@ def app(environ, start_response):
     CHECK(Reply(first.read_all()).whole);
     CHECK(Reply(third.read_all()).whole);
     CHECK(Reply(second.read_all()).whole);
+}
+
+TEST_CASE("old workers leave at a reload though the queue is never empty, and lose no request") {
+    Server server(R"py(
+import time
+def app(environ, start_response):
+    time.sleep(0.02)
+    start_response("200 OK", [("Content-Length", "2")])
+    return [b"ok"]
+)py",
+                  {"-w", "2", "--graceful-timeout", "4"});
+    REQUIRE(server.wait_ready_workers(2));
+    const vector<pid_t> old = server.workers();
+    vector<std::unique_ptr<Client>> clients;
+    int good = 0, bad = 0;
+    const auto ask = [&](std::unique_ptr<Client>& client) {
+        client = std::make_unique<Client>(server);
+        client->send("GET / HTTP/1.1\r\n\r\n");
+    };
+    for (int i = 0; i < 32; ++i) { ask(clients.emplace_back()); }
+    server.signal(SIGHUP);
+    const auto old_gone = [&] {
+        const vector<pid_t> now = server.workers();
+        return std::none_of(old.begin(), old.end(), [&](pid_t pid) {
+            return std::find(now.begin(), now.end(), pid) != now.end();
+        });
+    };
+    const Time end = Clock::now() + 8s;
+    while (Clock::now() < end && !old_gone()) {
+        for (auto& client : clients) {
+            (Reply(client->read_all()).body == "ok" ? good : bad) += 1;
+            ask(client);
+        }
+    }
+    for (auto& client : clients) { (Reply(client->read_all()).body == "ok" ? good : bad) += 1; }
+    CHECK(old_gone());
+    CHECK(good > 32);
+    CHECK(bad == 0);
+    CHECK_FALSE(contains(server.log(), "signal 9"));
+}
+
+TEST_CASE("an idle server sleeps") {
+    const Server server(kHello, {"-w", "1"});
+    const auto switches = [](pid_t pid) {
+        const string status = read_file("/proc/" + to_string(pid) + "/status");
+        return std::atol(status.c_str() + status.find("\nvoluntary_ctxt_switches:") + 25);
+    };
+    for (const pid_t pid : {server.pid, server.workers()[0], server.runners()[0]}) {
+        const long before = switches(pid);
+        REQUIRE(before > 0);
+        ::poll(nullptr, 0, 1000);
+        CHECK(switches(pid) - before < 10);
+    }
+}
+
+TEST_CASE("an application that goes on after its client left ends in peace at a graceful stop") {
+    Server server(R"py(
+import atexit, time
+atexit.register(lambda: open("left", "w").close())
+def app(environ, start_response):
+    open("running", "w").close()
+    time.sleep(0.7)
+    start_response("200 OK", [])
+    return [b"ok"]
+)py",
+                  {"-w", "1"});
+    Client client(server);
+    client.send("GET / HTTP/1.1\r\n\r\n");
+    REQUIRE(wait_for([&] { return exists(server.dir.path + "/running"); }));
+    client.reset();
+    REQUIRE(server.access_has(" 499 "));
+    server.signal(SIGTERM);
+    REQUIRE(server.wait_end());
+    CHECK(exists(server.dir.path + "/left"));
+    CHECK_FALSE(contains(server.log(), "protocol"));
+}
+
+TEST_CASE("a runner that answers without reading the body, and ends, has answered") {
+    const Server server("", {"-w", "1", "--runner",
+                             "sh -c 'printf 0:,; head -c 1 >/dev/null; printf \"22:Status: 200 "
+                             "OK\n\nanswer,0:,\"'"});
+    const Reply reply = post(server, "/", string(4 << 20, 'x'));
+    CHECK(reply.status == 200);
+    CHECK(reply.body == "answer");
+}
+
+TEST_CASE("a client that reads slowly, but reads, gets all of a response") {
+    const Server server(R"py(
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Length", "12000000")])
+    return [b"x" * 12000000]
+)py",
+                        {"-w", "1", "-t", "1"});
+    Client client(server);
+    client.send("GET / HTTP/1.1\r\n\r\n");
+    string bytes;
+    for (int i = 0; i < 50; ++i) {  // 2.5 s, much longer than the timeout
+        bytes += client.read_until([](const string& text) { return text.size() >= 40000; });
+        ::poll(nullptr, 0, 50);
+    }
+    CHECK(Reply(bytes + client.read_all()).whole);
 }
 
 // --- Flask and Django -----------------------------------------------------------------------
