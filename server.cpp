@@ -1460,7 +1460,6 @@ class Slot:
             if colon and len(rest) > int(size):
                 self.pending = rest[int(size) + 1:]
                 return rest[:int(size)]
-            os.sched_yield()  # on a busy machine the request is there when our turn comes again
             self.more()
 
     def take(self, size):
