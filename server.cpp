@@ -11,7 +11,7 @@
 // The path of a request, by function:
 //   accept_clients → read_client → read_head → read_body → ready ──┬→ dispatch → feed_runner
 //                          ready queue: pass_on → take_from_queue ─┘        (runner: Slot.serve)
-//   finish, linger ← flush ← end_reply ← reply_body ← take_reply ← read_runner ←──┘
+//   finish ← flush ← end_reply ← reply_body ← take_reply ← read_runner ←──────────┘
 //
 // A client costs the application nothing but one complete request: the worker reads it to the
 // end without blocking, waits for an idle runner (its own, or another worker's by the ready
@@ -19,7 +19,7 @@
 //
 //   Signal      arbiter                                      worker
 //   TERM        graceful stop: USR2 to all workers           serve what was accepted, then leave
-//   USR2        (not used)                                   the same, and empty the ready queue
+//   USR2        ignored                                      the same, and empty the ready queue
 //   INT, QUIT   stop within a second                         leave at once
 //   HUP         reload: new workers, then TERM to the old    ignored
 //   TTIN, TTOU  one worker more, one worker less             ignored
@@ -2707,6 +2707,7 @@ private:
         if (::socketpair(AF_UNIX, SOCK_DGRAM, 0, fds) < 0) { return os_error("no ready queue"); }
         queue_ = {Fd(fds[0]), Fd(fds[1])};
         for (const int fd : fds) { set_flags(fd, true); }
+        for (const int number : {SIGUSR1, SIGUSR2, SIGWINCH}) { set_signal(number, SIG_IGN); }
         return open_self_pipe({SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGCHLD});
     }
 

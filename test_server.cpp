@@ -5356,6 +5356,14 @@ def app(environ, start_response):
     CHECK_FALSE(contains(server.log(), "signal 9"));
 }
 
+TEST_CASE("signals that mean nothing to the arbiter do not end it") {
+    const Server server(kHello, {"-w", "1"});
+    for (const int number : {SIGUSR1, SIGUSR2, SIGWINCH}) { server.signal(number); }
+    server.signal(SIGTTIN);
+    CHECK(server.log_has("Handling signal: ttin"));
+    CHECK(get(server).status == 200);
+}
+
 TEST_CASE("an idle server sleeps") {
     const Server server(kHello, {"-w", "1"});
     const auto switches = [](pid_t pid) {
