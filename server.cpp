@@ -2089,8 +2089,9 @@ private:
                 Fd fd = accept_socket(listener.fd.get(), peer);
                 if (!fd && (errno == EINTR || errno == ECONNABORTED)) { continue; }
                 if (!fd && !would_block()) {
-                    log(Level::Error, "cannot accept: %s", std::strerror(errno));
-                    if (errno == EMFILE || errno == ENFILE) { shed(); }
+                    const int problem = errno;
+                    log(Level::Error, "cannot accept: %s", std::strerror(problem));
+                    if (problem == EMFILE || problem == ENFILE) { shed(); }
                     return pause_accepting();
                 }
                 if (fd && full) { shed(); }
