@@ -127,7 +127,9 @@ struct Server {
         if (!has("--access-logfile")) {
             words.insert(words.end(), {"--access-logfile", dir.path + "/access"});
         }
-        if (!has("--python")) { words.insert(words.end(), {"--python", "/usr/bin/python3"}); }
+        if (std::find(args.begin(), args.end(), "--python") == args.end()) {
+            words.insert(words.end(), {"--python", "/usr/bin/python3"});
+        }
         words.insert(words.end(), args.begin(), args.end());
         if (!has("app")) { words.emplace_back("app:app"); }
         pid = ::fork();
