@@ -9,9 +9,9 @@
 //    └─ worker N …
 //
 // The path of a request, by function:
-//   accept_clients → read_client → read_head → read_body → ready ──┬→ dispatch → feed_runner
-//                          ready queue: pass_on → take_from_queue ─┘        (runner: Slot.serve)
-//   finish ← flush ← end_reply ← reply_body ← take_reply ← read_runner ←──────────┘
+//   accept_client → read_client → parse → ready ──────────────┬→ dispatch → feed_runner
+//                       ready queue: pass_on → take_from_queue ┘     (runner: Slot.serve)
+//   finish ← flush ← end_reply ← reply_body ← take_reply ← read_runner ←──────┘
 //
 // A client costs the application nothing but one complete request: the worker reads it to the
 // end without blocking, waits for an idle runner (its own, or another worker's by the ready
@@ -49,21 +49,16 @@
 #include <charconv>
 #include <chrono>
 #include <climits>
-#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
-#include <deque>
 #include <memory>
 #include <string>
 #include <string_view>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
-
-extern char** environ;
 
 namespace {
 
@@ -77,10 +72,12 @@ namespace {
 using std::string;
 using std::string_view;
 using std::to_string;
+using std::chrono::microseconds;
 using std::chrono::seconds;
 using namespace std::chrono_literals;
 using Clock = std::chrono::steady_clock;
 using Time = Clock::time_point;
+using Strings = std::vector<string>;
 
 constexpr const char* kVersion = "0.1.0";
 constexpr int kWorkerBootError = 3, kAppLoadError = 4;  // exit statuses with gunicorn's meanings
@@ -90,14 +87,6 @@ struct Error {
     int code = 0;  // an exit status or an HTTP status; 0: no error
     string text;
     explicit operator bool() const { return code != 0; }
-};
-
-template <typename T>
-struct Result {
-    Result(T good) : value(std::move(good)) {}
-    Result(Error bad) : error(std::move(bad)) {}
-    T value{};
-    Error error{};
 };
 
 /// What errno says of `what`, as a start-up error.
@@ -164,15 +153,16 @@ Fd raise_fd(Fd fd) {
 }
 
 struct Pair {
-    Fd first, second;
+    Fd first, second;  // of a pipe: first is read, second is written
 };
 
-/// A pipe: first is read, second is written. Both close-on-exec and blocking.
-Result<Pair> make_pipe() {
+/// Close-on-exec; blocking unless `nonblocking`.
+Error make_pipe(Pair& made, bool nonblocking = false) {
     int fds[2];
     if (::pipe(fds) < 0) { return os_error("cannot make a pipe"); }
-    for (const int fd : fds) { set_flags(fd, false); }
-    return Pair{Fd(fds[0]), Fd(fds[1])};
+    for (const int fd : fds) { set_flags(fd, nonblocking); }
+    made = {Fd(fds[0]), Fd(fds[1])};
+    return {};
 }
 
 string temp_dir() {
@@ -181,13 +171,14 @@ string temp_dir() {
 }
 
 /// A file without a name: it goes when its last descriptor does.
-Result<Fd> make_temp_file(const string& dir) {
+Error make_temp_file(const string& dir, Fd& made) {
     string path = dir + "/server-XXXXXX";
     Fd fd(::mkstemp(path.data()));
     if (!fd) { return os_error("cannot make a temporary file in " + dir); }
     ::unlink(path.c_str());
     set_flags(fd.get(), false);
-    return raise_fd(std::move(fd));
+    made = raise_fd(std::move(fd));
+    return {};
 }
 
 constexpr bool is_digit(char c) { return c >= '0' && c <= '9'; }
@@ -224,70 +215,72 @@ string escape(string_view text) {
     string out;
     for (const char c : text) {
         char code[5] = {'\\', c};
-        const auto byte = static_cast<unsigned char>(c);
-        const bool plain = byte >= ' ' && byte < 0x7f;
-        if (!plain) { std::snprintf(code, sizeof code, "\\x%02x", byte); }
+        const bool plain = c >= ' ' && c < 0x7f;
+        if (!plain) { std::snprintf(code, sizeof code, "\\x%02x", static_cast<unsigned char>(c)); }
         out += plain && c != '"' && c != '\\' ? code + 1 : code;
     }
     return out;
 }
 
-/// Bytes in the order they came: the first in memory, the rest in an unlinked temporary file.
+/// Bytes in the order they came: the oldest and the newest in memory, and between them, once the
+/// limit is passed, an unlinked temporary file.
 class Spool {
 public:
-    /// Adds bytes, in memory up to `limit` of them there. Where the disk refuses they stay in
-    /// memory all the same, and failed() says so.
+    /// Where memory would hold more than `limit` bytes the newest go to the file; if the disk
+    /// refuses them they stay in memory all the same, and failed() says so.
     void append(string_view data, size_t limit) {
-        if (stored() == 0 && tail_.empty() && memory() + data.size() <= limit) {
-            if (offset_ > kPiece) { memory_.erase(0, std::exchange(offset_, 0)); }
-            memory_ += data;
-        } else if (!tail_.empty() || !store(data)) {
-            tail_ += data;
-        }
+        back_ += data;
+        failed_ = memory() > limit && !store();
     }
 
     /// The next bytes, empty only at the end of all. Valid until the next call.
     string_view front() {
-        if (offset_ == memory_.size()) { refill(); }
-        return string_view(memory_).substr(offset_);
+        if (offset_ == front_.size()) { refill(); }
+        return string_view(front_).substr(offset_);
     }
 
     void pop(size_t n) { offset_ += n; }
-    bool failed() const { return !tail_.empty(); }
-    bool full() const { return failed() || file_end_ >= int64_t{1} << 30; }
-    size_t memory() const { return memory_.size() - offset_ + tail_.size(); }
+    void prepend(string_view data) { front_.insert(offset_, data); }
+    bool failed() const { return failed_; }
+    bool full() const { return failed_ || file_end_ >= int64_t{1} << 30; }
+    size_t memory() const { return front_.size() - offset_ + back_.size(); }
     int64_t stored() const { return file_end_ - file_begin_; }
     int64_t size() const { return stored() + static_cast<int64_t>(memory()); }
+    string_view newest() const { return back_; }
     const Fd& file() const { return file_; }
     void adopt_file(Fd file, int64_t bytes) { file_ = std::move(file), file_end_ = bytes; }
 
 private:
-    bool store(string_view data) {  // all of it or, on a full disk, nothing
-        if (!file_) { file_ = std::move(make_temp_file(temp_dir()).value); }
+    bool store() {  // all of the newest bytes or, on a full disk, none
+        if (!file_ && make_temp_file(temp_dir(), file_)) { return false; }
         const bool there = ::lseek(file_.get(), file_end_, SEEK_SET) >= 0;
-        if (!there || !write_all(file_, data)) { return false; }
-        file_end_ += static_cast<int64_t>(data.size());
+        if (!there || !write_all(file_, back_)) { return false; }
+        file_end_ += static_cast<int64_t>(back_.size());
+        back_.clear();
         return true;
     }
 
     void refill() {
-        memory_.clear();
+        front_.clear();
         offset_ = 0;
         if (stored() == 0) {
             file_begin_ = file_end_ = 0;
-            return memory_.swap(tail_);
+            failed_ = false;
+            return front_.swap(back_);
         }
-        memory_.resize(std::min<size_t>(kPiece, static_cast<size_t>(stored())));
-        const ssize_t n = retry(
-            [&] { return ::pread(file_.get(), memory_.data(), memory_.size(), file_begin_); });
-        memory_.resize(static_cast<size_t>(std::max<ssize_t>(n, 0)));
-        file_begin_ += n > 0 ? n : stored();  // a disk that cannot be read: what it held is lost
+        front_.resize(std::min<size_t>(kPiece, static_cast<size_t>(stored())));
+        const ssize_t n =
+            retry([&] { return ::pread(file_.get(), front_.data(), front_.size(), file_begin_); });
+        if (n <= 0) { std::abort(); }  // bytes are lost: no response may be sent without them
+        front_.resize(static_cast<size_t>(n));
+        file_begin_ += n;
     }
 
-    string memory_, tail_;
-    size_t offset_ = 0;
+    string front_, back_;
+    size_t offset_ = 0;  // of front_, what has been taken
     Fd file_;
     int64_t file_begin_ = 0, file_end_ = 0;
+    bool failed_ = false;
 };
 
 // Signals come in as bytes of a pipe, so that none is lost between a test and the sleep.
@@ -300,10 +293,10 @@ void on_signal(int number) {
     errno = saved;
 }
 
-void set_signal(int number, void (*handler)(int)) {
+void set_signals(std::initializer_list<int> numbers, void (*handler)(int)) {
     struct sigaction action {};
     action.sa_handler = handler;
-    ::sigaction(number, &action, nullptr);
+    for (const int number : numbers) { ::sigaction(number, &action, nullptr); }
 }
 
 /// Blocks all signals, or none.
@@ -311,16 +304,6 @@ void block_signals(bool block) {
     sigset_t set;
     block ? sigfillset(&set) : sigemptyset(&set);
     ::sigprocmask(SIG_SETMASK, &set, nullptr);
-}
-
-/// A new self-pipe for this process, and the handler for the given signals.
-Error open_self_pipe(std::initializer_list<int> signals) {
-    Result<Pair> made = make_pipe();
-    if (made.error) { return made.error; }
-    g_self_pipe = std::move(made.value);
-    for (const Fd* end : {&g_self_pipe.first, &g_self_pipe.second}) { set_flags(end->get(), true); }
-    for (const int number : signals) { set_signal(number, on_signal); }
-    return {};
 }
 
 /// The next signal that has arrived, 0 for a mere wake-up, -1 if there is none.
@@ -331,8 +314,8 @@ int next_signal() {
 
 /// select(), until `until` at the latest. Where nothing is ready the sets come back empty.
 void wait_ready(int max_fd, fd_set& reads, fd_set& writes, Time until) {
-    const auto left = std::chrono::ceil<std::chrono::microseconds>(until - Clock::now()).count();
-    const auto us = std::clamp<decltype(left)>(left, 0, 3600'000'000);
+    const int64_t left = std::chrono::ceil<microseconds>(until - Clock::now()).count();
+    const int64_t us = std::clamp<int64_t>(left, 0, 3600'000'000);
     struct timeval timeout {};
     timeout.tv_sec = static_cast<time_t>(us / 1000000);
     timeout.tv_usec = static_cast<suseconds_t>(us % 1000000);
@@ -348,8 +331,6 @@ void wait_ready(int max_fd, fd_set& reads, fd_set& writes, Time until) {
 //  A default is written once, in Config; an option once, in kOptions. Parsing, --help and
 //  --print-config all walk that table. Names and meanings are gunicorn's.
 // ============================================================================
-using Strings = std::vector<string>;
-
 struct Config {
     string app = "app_example:app", worker_class = "sync";
     int workers = 2, backlog = 2048, worker_connections = 1000;
@@ -383,7 +364,7 @@ string get(const Config& config) {
 template <auto Member, int64_t Low = 0, int64_t High = INT_MAX>
 Error set(Config& config, string_view text) {
     using T = std::decay_t<decltype(config.*Member)>;
-    if constexpr (std::is_same_v<T, string>) { config.*Member = string(text); }
+    if constexpr (std::is_same_v<T, string>) { config.*Member = text; }
     else if constexpr (std::is_same_v<T, Strings>) { (config.*Member).emplace_back(text); }
     else if constexpr (std::is_same_v<T, bool>) { config.*Member = true; }
     else {
@@ -406,22 +387,19 @@ Error set_workers(Config& config, string_view text) {
     return {};
 }
 
-Error set_worker_class(Config&, string_view text) {
-    return text == "sync" ? Error{} : Error{1, "'" + string(text) + "': only sync exists here"};
-}
-
 constexpr const char* kLevels[] = {"debug", "info", "warning", "error", "critical"};
+constexpr const char* kWorkerClasses[] = {"sync"};
 
-Error set_loglevel(Config& config, string_view text) {
-    config.loglevel = text;
-    const bool known = std::find(std::begin(kLevels), std::end(kLevels), text) != std::end(kLevels);
-    return known ? Error{} : Error{1, "'" + string(text) + "' is no level"};
+/// Sets a string to one of the given words.
+template <auto Member, const auto& Words>
+Error set_word(Config& config, string_view text) {
+    const bool known = std::find(std::begin(Words), std::end(Words), text) != std::end(Words);
+    return known ? set<Member>(config, text) : Error{1, "there is no '" + string(text) + "'"};
 }
 
 Error set_env(Config& config, string_view text) {
     const size_t equals = text.find('=');
-    const bool good = equals != 0 && equals != string::npos;
-    if (!good) { return {1, "'" + string(text) + "' sets nothing"}; }
+    if (equals == 0 || equals == string::npos) { return {1, "no NAME=VALUE: " + string(text)}; }
     return set<&Config::raw_env>(config, text);
 }
 
@@ -429,92 +407,84 @@ struct Option {
     char letter;
     const char *name, *meta, *help;  // meta nullptr: takes no value
     Error (*set)(Config&, string_view);
-    string (*get)(const Config&);
+    string (*get)(const Config&);  // nullptr: not shown
 };
+
+/// A row for a setting that needs no check of its own.
+template <auto Member, int64_t Low = 0, int64_t High = INT_MAX>
+constexpr Option row(char letter, const char* name, const char* meta, const char* help) {
+    return {letter, name, meta, help, set<Member, Low, High>, meta ? get<Member> : nullptr};
+}
 
 using C = Config;
 constexpr int64_t kYear = 31'536'000, kMiB = int64_t{1} << 20;
 constexpr Option kOptions[] = {
-    {'b', "bind", "ADDRESS", "HOST:PORT, [V6]:PORT, :PORT, unix:PATH or fd://N; may be repeated",
-     set<&C::bind>, get<&C::bind>},
+    row<&C::bind>('b', "bind", "ADDRESS", "HOST:PORT, [V6]:PORT, unix:PATH or fd://N; repeatable"),
     {'w', "workers", "N", "worker processes; auto: one a processor; $WEB_CONCURRENCY sets it too",
      set_workers, get<&C::workers>},
-    {'k', "worker-class", "NAME", "only sync", set_worker_class, get<&C::worker_class>},
-    {'t', "timeout", "SECONDS", "end an application or worker silent for so long; 0: never",
-     set<&C::timeout, 0, kYear>, get<&C::timeout>},
-    {0, "graceful-timeout", "SECONDS", "what a stopping worker has to finish its requests",
-     set<&C::graceful_timeout, 0, kYear>, get<&C::graceful_timeout>},
-    {0, "header-timeout", "SECONDS", "what a client has to send the head of its request",
-     set<&C::header_timeout, 1, kYear>, get<&C::header_timeout>},
-    {0, "backlog", "N", "connections that the kernel holds until they are accepted",
-     set<&C::backlog, 1, 65535>, get<&C::backlog>},
-    {0, "worker-connections", "N", "connections that one worker holds",
-     set<&C::worker_connections, 1>, get<&C::worker_connections>},
-    {0, "limit-request-line", "BYTES", "longest request line; 0: the head's cap of 1 MiB",
-     set<&C::limit_request_line, 0, kMiB>, get<&C::limit_request_line>},
-    {0, "limit-request-fields", "N", "most header fields in a request",
-     set<&C::limit_request_fields, 1, 32768>, get<&C::limit_request_fields>},
-    {0, "limit-request-field_size", "BYTES", "longest header field; 0: the default",
-     set<&C::limit_request_field_size, 0, kMiB>, get<&C::limit_request_field_size>},
-    {0, "limit-request-body", "BYTES", "longest request body; 0: no limit",
-     set<&C::limit_request_body, 0, INT64_MAX>, get<&C::limit_request_body>},
-    {0, "chdir", "DIR", "change to this directory first", set<&C::chdir>, get<&C::chdir>},
-    {0, "pythonpath", "DIR", "where to import from, before the directory; commas between several",
-     set<&C::pythonpath>, get<&C::pythonpath>},
-    {'e', "env", "NAME=VALUE", "set a variable for the application; may be repeated", set_env,
+    {'k', "worker-class", "NAME", "only sync", set_word<&C::worker_class, kWorkerClasses>,
+     get<&C::worker_class>},
+    row<&C::timeout, 0, kYear>('t', "timeout", "SECONDS",
+                               "end an application or worker silent for so long; 0: never"),
+    row<&C::graceful_timeout, 0, kYear>(0, "graceful-timeout", "SECONDS",
+                                        "what a stopping worker has to finish its requests"),
+    row<&C::header_timeout, 1, kYear>(0, "header-timeout", "SECONDS",
+                                      "what a client has to send the head of its request"),
+    row<&C::backlog, 1, 65535>(0, "backlog", "N", "connections that wait to be accepted"),
+    row<&C::worker_connections, 1>(0, "worker-connections", "N", "that one worker holds"),
+    row<&C::limit_request_line, 0, kMiB>(0, "limit-request-line", "BYTES",
+                                         "longest request line; 0: the head's cap of 1 MiB"),
+    row<&C::limit_request_fields, 1, 32768>(0, "limit-request-fields", "N", "most header fields"),
+    row<&C::limit_request_field_size, 0, kMiB>(0, "limit-request-field_size", "BYTES",
+                                               "longest header field; 0: the default"),
+    row<&C::limit_request_body, 0, INT64_MAX>(0, "limit-request-body", "BYTES",
+                                              "longest request body; 0: no limit"),
+    row<&C::chdir>(0, "chdir", "DIR", "change to this directory first"),
+    row<&C::pythonpath>(0, "pythonpath", "DIRS", "to import from first; commas between several"),
+    {'e', "env", "NAME=VALUE", "set a variable for the application; repeatable", set_env,
      get<&C::raw_env>},
-    {0, "worker-tmp-dir", "DIR", "for heartbeat files; else /dev/shm, $TMPDIR or /tmp",
-     set<&C::worker_tmp_dir>, get<&C::worker_tmp_dir>},
-    {0, "access-logfile", "FILE", "write an access log; -: to stdout", set<&C::accesslog>,
-     get<&C::accesslog>},
-    {0, "access-logformat", "FORMAT", "what its lines look like", set<&C::access_log_format>,
-     get<&C::access_log_format>},
-    {0, "error-logfile", "FILE", "for messages and all that the application prints; -: stderr",
-     set<&C::errorlog>, get<&C::errorlog>},
+    row<&C::worker_tmp_dir>(0, "worker-tmp-dir", "DIR",
+                            "for heartbeat files; else /dev/shm, $TMPDIR or /tmp"),
+    row<&C::accesslog>(0, "access-logfile", "FILE", "write an access log; -: to stdout"),
+    row<&C::access_log_format>(0, "access-logformat", "FORMAT", "what its lines look like"),
+    row<&C::errorlog>(0, "error-logfile", "FILE",
+                      "for messages and all that the application prints; -: stderr"),
     {0, "log-file", "FILE", "the same as --error-logfile", set<&C::errorlog>, nullptr},
-    {0, "log-level", "LEVEL", "debug, info, warning, error or critical", set_loglevel,
-     get<&C::loglevel>},
-    {0, "python", "PATH", "the Python that runs the application", set<&C::python>, get<&C::python>},
-    {0, "runner", "CMD", "a program that answers in place of Python", set<&C::runner>,
-     get<&C::runner>},
-    {0, "check-config", nullptr, "check the settings, load the application, and exit",
-     set<&C::check_config>, nullptr},
-    {0, "print-config", nullptr, "print the settings and exit", set<&C::print_config>, nullptr},
-    {'v', "version", nullptr, "print the version and exit", set<&C::version>, nullptr},
-    {'h', "help", nullptr, "print this help and exit", set<&C::help>, nullptr},
+    {0, "log-level", "LEVEL", "debug, info, warning, error or critical",
+     set_word<&C::loglevel, kLevels>, get<&C::loglevel>},
+    row<&C::python>(0, "python", "PATH", "the Python that runs the application"),
+    row<&C::runner>(0, "runner", "CMD", "a program that answers in place of Python"),
+    row<&C::check_config>(0, "check-config", nullptr, "check all, load the application, and exit"),
+    row<&C::print_config>(0, "print-config", nullptr, "print the settings and exit"),
+    row<&C::version>('v', "version", nullptr, "print the version and exit"),
+    row<&C::help>('h', "help", nullptr, "print this help and exit"),
 };
 
-/// Reads -x VALUE, -xVALUE, --name VALUE or --name=VALUE. `next` is the argument after it, if
-/// any; it becomes nullptr where it was the value.
-Error parse_option(Config& config, string_view arg, const char*& next) {
-    const bool is_long = arg.substr(0, 2) == "--";
+/// Reads args[i]: -x VALUE, -xVALUE, --name VALUE or --name=VALUE, and moves i to its last word.
+Error parse_option(Config& config, const std::vector<const char*>& args, size_t& i) {
+    const string arg = args[i];
+    const bool is_long = arg[1] == '-';
     const size_t end = is_long ? std::min(arg.find('='), arg.size()) : 2;
-    const string_view name = arg.substr(is_long ? 2 : 1, end - (is_long ? 2 : 1));
+    const string name = is_long ? arg.substr(2, end - 2) : arg.substr(1, 1);
+    const auto option = std::find_if(
+        std::begin(kOptions), std::end(kOptions),
+        [&](const Option& o) { return is_long ? name == o.name : name.front() == o.letter; });
     const bool attached = arg.size() > end;
-    for (const Option& option : kOptions) {
-        if (is_long ? name != option.name : option.letter != name.front()) { continue; }
-        if (option.meta == nullptr && attached) { return {2, string(arg) + " takes no value"}; }
-        string_view value;
-        if (attached) {
-            value = arg.substr(end + (is_long ? 1 : 0));
-        } else if (option.meta != nullptr) {
-            if (next == nullptr) { return {2, string(arg) + " needs a value"}; }
-            value = std::exchange(next, nullptr);
-        }
-        Error error = option.set(config, value);
-        if (error) { error.text = string("--") + option.name + ": " + error.text; }
-        return error;
+    if (option == std::end(kOptions)) { return {2, "unknown option " + arg}; }
+    if (option->meta == nullptr && attached) { return {2, arg + " takes no value"}; }
+    string_view value = attached ? args[i] + end + (is_long ? 1 : 0) : "";
+    if (option->meta != nullptr && !attached) {
+        if (++i == args.size()) { return {2, arg + " needs a value"}; }
+        value = args[i];
     }
-    return {2, "unknown option " + string(arg)};
+    const Error error = option->set(config, value);
+    return error ? Error{error.code, string("--") + option->name + ": " + error.text} : error;
 }
 
 /// Settings from the environment and, stronger, the arguments. A code of 2: not understood.
 Error parse_command_line(const std::vector<const char*>& args, Config& config) {
-    const auto variable = [](const char* name) {
-        const char* value = std::getenv(name);
-        return string_view(value != nullptr ? value : "");
-    };
-    if (const string_view count = variable("WEB_CONCURRENCY"); !count.empty()) {
+    const char *count = std::getenv("WEB_CONCURRENCY"), *port = std::getenv("PORT");
+    if (count != nullptr && *count != '\0') {
         const Error error = set_workers(config, count);
         if (error) { return {1, "$WEB_CONCURRENCY: " + error.text}; }
     }
@@ -524,10 +494,7 @@ Error parse_command_line(const std::vector<const char*>& args, Config& config) {
         if (options && arg == "--") {
             options = false;
         } else if (options && arg.size() > 1 && arg.front() == '-') {
-            const char* next = i + 1 < args.size() ? args[i + 1] : nullptr;
-            const bool has_next = next != nullptr;
-            if (Error error = parse_option(config, arg, next)) { return error; }
-            i += has_next && next == nullptr ? 1 : 0;
+            if (Error error = parse_option(config, args, i)) { return error; }
         } else if (std::exchange(have_app, true)) {
             return {2, "one application only, not also '" + string(arg) + "'"};
         } else {
@@ -535,12 +502,11 @@ Error parse_command_line(const std::vector<const char*>& args, Config& config) {
         }
     }
     if (config.bind.empty()) {
-        const string_view port = variable("PORT");
-        config.bind = {port.empty() ? "127.0.0.1:8000" : "0.0.0.0:" + string(port)};
+        const bool given = port != nullptr && *port != '\0';
+        config.bind = {given ? string("0.0.0.0:") + port : "127.0.0.1:8000"};
     }
-    if (config.limit_request_field_size == 0) {
-        config.limit_request_field_size = Config{}.limit_request_field_size;
-    }
+    const int field_size = Config{}.limit_request_field_size;
+    if (config.limit_request_field_size == 0) { config.limit_request_field_size = field_size; }
     return {};
 }
 
@@ -549,20 +515,18 @@ void print_help() {
     (void)parse_command_line({}, defaults);
     std::puts("usage: server [OPTIONS] [MODULE:CALLABLE]\n\n"
               "Serves a WSGI application, app_example:app unless another is named.\n");
-    for (const Option& option : kOptions) {
-        const string letter = option.letter != 0 ? string("-") + option.letter + ", " : "    ";
-        string value = option.get != nullptr ? option.get(defaults) : "";
-        if (!value.empty()) { value = " [" + value + "]"; }
-        std::printf("  %s--%s %s\n        %s%s\n", letter.c_str(), option.name,
-                    option.meta != nullptr ? option.meta : "", option.help, value.c_str());
+    for (const Option& o : kOptions) {
+        const string letter = o.letter != 0 ? string("-") + o.letter + ", " : "    ";
+        const string value = o.get != nullptr ? o.get(defaults) : "";
+        std::printf("  %s--%s %s\n        %s%s\n", letter.c_str(), o.name, o.meta ? o.meta : "",
+                    o.help, value.empty() ? "" : (" [" + value + "]").c_str());
     }
 }
 
 void print_config(const Config& config) {
     std::printf("%-25s = %s\n", "app", config.app.c_str());
-    for (const Option& option : kOptions) {
-        if (option.get == nullptr) { continue; }
-        std::printf("%-25s = %s\n", option.name, option.get(config).c_str());
+    for (const Option& o : kOptions) {
+        if (o.get != nullptr) { std::printf("%-25s = %s\n", o.name, o.get(config).c_str()); }
     }
 }
 
@@ -576,7 +540,7 @@ enum class Level { Debug, Info, Warning, Error, Critical };
 
 struct Logger {
     Fd error_file, access_file;
-    Level level = Level::Info;
+    string level = "info";  // lines below it are left out
 };
 Logger g_log;
 
@@ -588,18 +552,13 @@ string local_time(const char* format) {
     return string(text, std::strftime(text, sizeof text, format, &parts));
 }
 
-__attribute__((format(printf, 2, 3))) void log(Level level, const char* format, ...) {
-    if (level < g_log.level) { return; }
-    char text[16384];  // room for a request line at the default limit, escaped
-    va_list args;
-    va_start(args, format);
-    std::vsnprintf(text, sizeof text, format, args);
-    va_end(args);
-    string name = kLevels[static_cast<int>(level)];
+void log(Level level, const string& text) {
+    const auto begin = std::begin(kLevels), end = std::end(kLevels);
+    string name = begin[static_cast<int>(level)];
+    if (begin + static_cast<int>(level) < std::find(begin, end, g_log.level)) { return; }
     for (char& c : name) { c = static_cast<char>(c - 32); }
-    const string line = local_time("[%Y-%m-%d %H:%M:%S %z] [") + to_string(::getpid()) + "] [" +
-                        name + "] " + text + "\n";
-    (void)write_all(g_log.error_file, line);
+    (void)write_all(g_log.error_file, local_time("[%Y-%m-%d %H:%M:%S %z] [") +
+                                          to_string(::getpid()) + "] [" + name + "] " + text + "\n");
 }
 
 /// Opens a log file, or opens it again; "-" is a standard descriptor. An empty path: no log.
@@ -613,14 +572,16 @@ Error open_log(const string& path, int standard, Fd& file) {
 }
 
 Error open_logs(const Config& config) {
-    while (config.loglevel != kLevels[static_cast<int>(g_log.level)]) {
-        g_log.level = static_cast<Level>((static_cast<int>(g_log.level) + 1) % 5);
-    }
-    Error error = open_log(config.errorlog, STDERR_FILENO, g_log.error_file);
+    g_log.level = config.loglevel;
+    const Error error = open_log(config.errorlog, STDERR_FILENO, g_log.error_file);
     return error ? error : open_log(config.accesslog, STDOUT_FILENO, g_log.access_file);
 }
 
-/// The value of a name in an environ block: NAME NUL value NUL …
+void add_variable(string& block, string_view name, string_view value) {
+    (((block += name) += '\0') += value) += '\0';
+}
+
+/// The value of a name in an environ block, NAME NUL value NUL …; data() is null if it has none.
 string_view lookup(string_view block, string_view name) {
     while (!block.empty()) {
         const string_view key = cut(block, '\0'), value = cut(block, '\0');
@@ -632,8 +593,8 @@ string_view lookup(string_view block, string_view name) {
 /// The value of a field in a response head, empty if there is none.
 string_view head_field(string_view head, string_view name) {
     while (!head.empty()) {
-        string_view line = cut(head, '\r');
-        head.remove_prefix(std::min<size_t>(1, head.size()));
+        string_view line = cut(head, '\n');
+        line = line.substr(0, line.find('\r'));
         if (same_name(cut(line, ':'), name)) { return trim(line); }
     }
     return {};
@@ -641,29 +602,30 @@ string_view head_field(string_view head, string_view name) {
 
 /// "User-Agent" as the environ's HTTP_USER_AGENT (RFC 3875 section 4.1.18).
 string environ_name(string_view field) {
-    string name = "HTTP_";
+    const bool bare = same_name(field, "content-type") || same_name(field, "content-length");
+    string name = bare ? "" : "HTTP_";
     for (const char c : field) {
         name += c == '-' ? '_' : c >= 'a' && c <= 'z' ? static_cast<char>(c - 32) : c;
     }
-    return name == "HTTP_CONTENT_TYPE" || name == "HTTP_CONTENT_LENGTH" ? name.substr(5) : name;
+    return name;
 }
 
 /// The user of a Basic authorization, empty if there is none (RFC 7617 section 2).
 string basic_user(string_view credentials) {
-    static constexpr string_view kAlphabet =
+    static constexpr string_view kDigits =
         "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     if (!same_name(cut(credentials, ' '), "basic")) { return ""; }
     string text;
-    uint32_t bits = 0;
-    int count = 0;  // of the bits that are no whole byte yet
+    size_t bits = 0, count = 0;  // count: of the bits that are no whole byte yet
     for (const char c : trim(credentials)) {
-        const size_t digit = kAlphabet.find(c);
+        const size_t digit = kDigits.find(c);
         if (digit == string::npos) { break; }
-        bits = bits << 6 | static_cast<uint32_t>(digit);
-        count += count < 2 ? 6 : -2;
+        bits = (bits << 6 | digit) & 0xffff;
+        count = (count + 6) % 8;
         if (count < 6) { text += static_cast<char>(bits >> count & 0xff); }
     }
-    return text.substr(0, text.find(':') == string::npos ? 0 : text.find(':'));
+    const size_t colon = text.find(':');
+    return text.substr(0, colon == string::npos ? 0 : colon);
 }
 
 /// What an access-log line tells of one request.
@@ -672,40 +634,40 @@ struct Access {
     string line, peer;      // request line; the client's address
     int status = 0;
     int64_t body_bytes = 0;
-    std::chrono::microseconds took{};
+    microseconds took{};
 };
 
 /// One atom: "h", "{referer}i" … An unknown one, or one without a value, is "-".
 string access_atom(string_view name, const Access& a) {
     const auto shown = [](string_view text) { return text.empty() ? "-" : escape(text); };
+    const auto variable = [&](string_view key) { return shown(lookup(a.env, key)); };
     const int64_t us = a.took.count();
     if (name.size() > 3 && name.front() == '{') {
         const string_view key = name.substr(1, name.size() - 3);
         if (name.back() == 'o') { return shown(head_field(a.head, key)); }
-        return shown(lookup(a.env, name.back() == 'i' ? environ_name(key) : string(key)));
+        return variable(name.back() == 'i' ? environ_name(key) : string(key));
     }
     switch (name.size() == 1 ? name.front() : '\0') {
         case 'h': return escape(a.peer);
         case 'u': return shown(basic_user(lookup(a.env, "HTTP_AUTHORIZATION")));
         case 't': return local_time("[%d/%b/%Y:%H:%M:%S %z]");
         case 'r': return shown(a.line);
-        case 'm': return shown(lookup(a.env, "REQUEST_METHOD"));
-        case 'U': return shown(lookup(a.env, "PATH_INFO"));
+        case 'm': return variable("REQUEST_METHOD");
+        case 'U': return variable("PATH_INFO");
         case 'q': return escape(lookup(a.env, "QUERY_STRING"));
-        case 'H': return shown(lookup(a.env, "SERVER_PROTOCOL"));
+        case 'H': return variable("SERVER_PROTOCOL");
         case 's': return to_string(a.status);
         case 'B': return to_string(a.body_bytes);
         case 'b': return a.body_bytes != 0 ? to_string(a.body_bytes) : "-";
-        case 'f': return shown(lookup(a.env, "HTTP_REFERER"));
-        case 'a': return shown(lookup(a.env, "HTTP_USER_AGENT"));
+        case 'f': return variable("HTTP_REFERER");
+        case 'a': return variable("HTTP_USER_AGENT");
         case 'T': return to_string(us / 1000000);
         case 'M': return to_string(us / 1000);
         case 'D': return to_string(us);
+        case 'L': return to_string(us / 1000000) + "." + to_string(1000000 + us % 1000000).substr(1);
         case 'p': return "<" + to_string(::getpid()) + ">";
-        case 'L': break;
         default: return "-";
     }
-    return to_string(us / 1000000) + "." + to_string(1000000 + us % 1000000).substr(1);
 }
 
 /// A line of `format` with its %(atom)s replaced; other text stays as it is.
@@ -726,36 +688,36 @@ string access_line(string_view format, const Access& access) {
 //  The arbiter binds once, before the first fork; every worker inherits the sockets.
 // ============================================================================
 struct Address {
-    string host, port, path;  // path: of a unix socket
-    int fd = -1;              // of fd://N
+    string text, host, port, path;  // as it was given; path: of a unix socket
+    int fd = -1;                    // of fd://N
     bool v6 = false;
 };
 
 /// Reads HOST:PORT, HOST, :PORT, [V6]:PORT, unix:PATH or fd://N, as gunicorn does.
-Result<Address> parse_address(string_view text) {
+Error parse_address(string_view text, Address& a) {
     const Error bad{1, "'" + string(text) + "' is no address to listen on"};
-    Address a;
     int64_t number = 0;
+    a.text = text;
     if (text.substr(0, 5) == "fd://") {
         if (!parse_number(text.substr(5), number) || number >= FD_SETSIZE) { return bad; }
         a.fd = static_cast<int>(number);
-        return a;
+        return {};
     }
     if (text.substr(0, 5) == "unix:") {
         a.path = text.substr(text.substr(5, 2) == "//" ? 7 : 5);
-        if (a.path.empty() || a.path.size() >= sizeof(sockaddr_un::sun_path)) { return bad; }
-        return a;
+        return a.path.empty() || a.path.size() >= sizeof(sockaddr_un::sun_path) ? bad : Error{};
     }
-    a.v6 = text.substr(0, 1) == "[";
-    const size_t end = std::min(a.v6 ? text.find(']') : text.find(':'), text.size());
-    a.host = text.substr(a.v6 ? 1 : 0, end - (a.v6 ? 1 : 0));
-    string_view rest = text.substr(std::min(end + (a.v6 ? 1 : 0), text.size()));
-    a.port = rest.empty() ? "8000" : string(rest.substr(1));
-    if (text.empty() || (a.v6 && end == text.size()) || (!rest.empty() && rest.front() != ':') ||
-        !parse_number(a.port, number) || number > 65535) {
-        return bad;
+    if (text.empty()) { return bad; }
+    a.v6 = text.front() == '[';
+    a.host = cut(text, a.v6 ? ']' : ':');
+    const bool ended = a.text.size() > a.host.size();  // by the bracket or the colon
+    if (a.v6) {
+        a.host.erase(0, 1);
+        if (!ended || (!text.empty() && cut(text, ':') != "")) { return bad; }
     }
-    return a;
+    const bool has_port = a.text.back() == ':' || !text.empty();
+    a.port = has_port ? string(text) : "8000";
+    return parse_number(a.port, number) && number <= 65535 ? Error{} : bad;
 }
 
 struct Listener {
@@ -767,17 +729,15 @@ struct Listener {
 };
 
 /// The numeric host and port of a socket address; both empty for a unix socket.
-std::pair<string, string> address_text(const sockaddr_storage& address) {
-    char host[INET6_ADDRSTRLEN] = "";
+void address_text(const sockaddr_storage& address, string& host, string& port) {
+    char text[INET6_ADDRSTRLEN] = "";
     const auto& v4 = reinterpret_cast<const sockaddr_in&>(address);
     const auto& v6 = reinterpret_cast<const sockaddr_in6&>(address);
-    if (address.ss_family == AF_INET) {
-        ::inet_ntop(AF_INET, &v4.sin_addr, host, sizeof host);
-        return {host, to_string(ntohs(v4.sin_port))};
-    }
-    if (address.ss_family != AF_INET6) { return {}; }
-    ::inet_ntop(AF_INET6, &v6.sin6_addr, host, sizeof host);
-    return {host, to_string(ntohs(v6.sin6_port))};
+    const bool is_v6 = address.ss_family == AF_INET6;
+    if (!is_v6 && address.ss_family != AF_INET) { return; }
+    const void* number = is_v6 ? static_cast<const void*>(&v6.sin6_addr) : &v4.sin_addr;
+    host = ::inet_ntop(address.ss_family, number, text, sizeof text);
+    port = to_string(ntohs(is_v6 ? v6.sin6_port : v4.sin_port));
 }
 
 sockaddr_storage socket_name(int fd) {
@@ -788,25 +748,23 @@ sockaddr_storage socket_name(int fd) {
 }
 
 /// Fills in what the log and the environ need of a socket, which must be listening.
-Result<Listener> describe(Fd fd) {
-    Listener listener;
+Error describe(Fd fd, Listener& made) {
     int listening = 0;
     socklen_t size = sizeof listening;
     if (::getsockopt(fd.get(), SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) < 0 || !listening) {
-        return Error{1, "descriptor " + to_string(fd.get()) + " is no listening socket"};
+        return {1, "descriptor " + to_string(fd.get()) + " is no listening socket"};
     }
     const sockaddr_storage name = socket_name(fd.get());
-    std::tie(listener.host, listener.port) = address_text(name);
     const bool v6 = name.ss_family == AF_INET6;
-    listener.wildcard = listener.host == (v6 ? "::" : "0.0.0.0");
-    const string host = v6 ? "[" + listener.host + "]" : listener.host;
-    listener.text = "http://" + host + ":" + listener.port;
+    address_text(name, made.host, made.port);
+    made.wildcard = made.host == (v6 ? "::" : "0.0.0.0");
+    made.text = "http://" + (v6 ? "[" + made.host + "]" : made.host) + ":" + made.port;
     if (name.ss_family == AF_UNIX) {
-        listener.text = string("unix:") + reinterpret_cast<const sockaddr_un&>(name).sun_path;
+        made.text = string("unix:") + reinterpret_cast<const sockaddr_un&>(name).sun_path;
     }
     set_flags(fd.get(), true);
-    listener.fd = std::move(fd);
-    return listener;
+    made.fd = std::move(fd);
+    return {};
 }
 
 /// Makes way for a unix socket: removes a stale one, never a live one or another kind of file.
@@ -835,46 +793,52 @@ void limit_unsent(int fd) {
 #endif
 }
 
-/// Binds one address and listens.
-Result<Listener> bind_address(const Address& address, int backlog) {
-    if (address.fd >= 0) { return describe(Fd(address.fd)); }
-    const bool tcp = address.path.empty();
-    const string text = "cannot listen on " +
-                        (tcp ? address.host + ":" + address.port : "unix:" + address.path);
-    sockaddr_storage name{};
-    socklen_t size = sizeof(sockaddr_un);
-    if (tcp) {
-        struct addrinfo hints {}, *found = nullptr;
-        hints.ai_family = address.v6 ? AF_INET6 : AF_INET;
-        hints.ai_socktype = SOCK_STREAM;
-        hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
-        const char* host = address.host.empty() ? nullptr : address.host.c_str();
-        const int problem = ::getaddrinfo(host, address.port.c_str(), &hints, &found);
-        if (problem != 0) { return Error{1, text + ": " + ::gai_strerror(problem)}; }
-        std::memcpy(&name, found->ai_addr, size = found->ai_addrlen);
-        ::freeaddrinfo(found);
-    } else {
+/// The socket address that bind() needs, and its size.
+Error resolve(const Address& address, sockaddr_storage& name, socklen_t& size) {
+    if (!address.path.empty()) {
         auto& unix_name = reinterpret_cast<sockaddr_un&>(name);
         unix_name.sun_family = AF_UNIX;
         address.path.copy(unix_name.sun_path, sizeof unix_name.sun_path - 1);
-        if (Error error = clear_path(address.path, unix_name)) { return error; }
+        size = sizeof unix_name;
+        return clear_path(address.path, unix_name);
     }
+    struct addrinfo hints {}, *found = nullptr;
+    hints.ai_family = address.v6 ? AF_INET6 : AF_INET;
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
+    const char* host = address.host.empty() ? nullptr : address.host.c_str();
+    const int problem = ::getaddrinfo(host, address.port.c_str(), &hints, &found);
+    if (problem != 0) {
+        return {1, "cannot listen on " + address.text + ": " + ::gai_strerror(problem)};
+    }
+    std::memcpy(&name, found->ai_addr, size = found->ai_addrlen);
+    ::freeaddrinfo(found);
+    return {};
+}
+
+/// Binds one address and listens, or takes over fd://N, which does so already.
+Error bind_address(const Address& address, int backlog, Listener& made) {
+    if (address.fd >= 0) { return describe(Fd(address.fd), made); }
+    sockaddr_storage name{};
+    socklen_t size = 0;
+    if (Error error = resolve(address, name, size)) { return error; }
     Fd fd(::socket(name.ss_family, SOCK_STREAM, 0));
     const int on = 1;
     ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     if (address.v6) { ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on); }
-    if (tcp) { limit_unsent(fd.get()); }
+    if (address.path.empty()) { limit_unsent(fd.get()); }
     const mode_t mask = ::umask(0);  // gunicorn's default: anyone may connect to a unix socket
     const int bound = ::bind(fd.get(), reinterpret_cast<sockaddr*>(&name), size);
     ::umask(mask);
-    if (bound < 0 || ::listen(fd.get(), backlog) < 0) { return os_error(text); }
-    Result<Listener> made = describe(std::move(fd));
-    struct stat info {};
-    if (!tcp && ::lstat(address.path.c_str(), &info) == 0) {
-        made.value.path = address.path;
-        made.value.inode = info.st_ino;
+    if (bound < 0 || ::listen(fd.get(), backlog) < 0) {
+        return os_error("cannot listen on " + address.text);
     }
-    return made;
+    struct stat info {};
+    if (!address.path.empty() && ::lstat(address.path.c_str(), &info) == 0) {
+        made.path = address.path;
+        made.inode = info.st_ino;
+    }
+    return describe(std::move(fd), made);
 }
 
 /// Removes the unix sockets that are still ours.
@@ -893,16 +857,14 @@ void unlink_sockets(const std::vector<Listener>& listeners) {
 //  give the same result, whole or one by one. RFC 9112 throughout, and strict: what two
 //  parsers could read in two ways is refused.
 // ============================================================================
-enum class Parse { Done, NeedMore, Bad };
-
-constexpr size_t kMaxHead = size_t{1} << 20;       // bytes in a head, whatever the limits say
-constexpr size_t kMaxChunkLine = size_t{8} << 10;  // bytes in a chunk-size line
+constexpr int kMaxHead = 1 << 20, kMaxChunkLine = 8192;  // bytes, whatever the limits say
 
 struct Request {
-    string method, target, path, query, host;       // host: of an absolute target
-    int minor = 0;                                  // HTTP/1.minor, 0 or 1
-    std::vector<std::pair<string, string>> fields;  // by environ name; repeated ones are joined
-    int64_t length = -1;                            // Content-Length; -1: none
+    string line;                               // the request line, as far as it has come
+    string method, target, path, query, host;  // host: of an absolute target
+    int minor = 0;                             // HTTP/1.minor, 0 or 1
+    string fields;                             // an environ block; repeated ones are joined
+    int64_t length = -1;                       // Content-Length; -1: none
     bool chunked = false, expect_continue = false;
 };
 
@@ -948,16 +910,16 @@ bool is_host(string_view text) {
     const bool literal = text.substr(0, 1) == "[";
     const size_t end = literal ? text.find(']') : std::min(text.find(':'), text.size());
     if (end == string::npos) { return false; }
-    const string_view name = text.substr(literal ? 1 : 0, end - (literal ? 1 : 0));
+    const string name(text.substr(literal ? 1 : 0, end - (literal ? 1 : 0)));
     const string_view port = text.substr(end + (literal ? 1 : 0));
     for (size_t i = 0; i < name.size(); ++i) {
         if (name[i] == '%' && percent_byte(name, i) < 0) { return false; }
     }
     in6_addr v6;
-    return (literal ? ::inet_pton(AF_INET6, string(name).c_str(), &v6) == 1
+    return (literal ? ::inet_pton(AF_INET6, name.c_str(), &v6) == 1
                     : is_made_of(name, "%-._~!$&'()*+,;=")) &&
-           (port.empty() || port.front() == ':') &&
-           std::all_of(port.begin() + (port.empty() ? 0 : 1), port.end(), is_digit);
+           (port.empty() || (port.front() == ':' && port.find_first_not_of("0123456789", 1) ==
+                                                        string::npos));
 }
 
 /// Cuts a field line in two (RFC 9112 section 5). False: obs-fold, a blank before the colon,
@@ -969,50 +931,84 @@ bool split_field(string_view line, string_view& name, string_view& value) {
     return colon && is_token(name) && is_field_value(value);
 }
 
-/// Reads the head of a request. Call parse() with all that has come so far, again with more.
-class HeadParser {
-public:
-    explicit HeadParser(const Config& config) : config_(config) {}
+/// What a parser has got from the bytes so far.
+enum class Parse { NeedMore, Head, Data, Done, Bad };
 
-    /// Done: `request` is complete and size() tells the bytes of the head. Bad: see error().
-    Parse parse(string_view data, Request& request) {
-        while (true) {
-            const size_t end = data.find('\n', scanned_);
-            scanned_ = end == string::npos ? data.size() : end + 1;
-            string_view line = data.substr(start_, std::min(end, data.size()) - start_);
-            const bool crlf = !line.empty() && line.back() == '\r';
+/// Reads one request, line by line, and its body by its framing.
+class RequestParser {
+public:
+    explicit RequestParser(const Config& config) : config_(config) {}
+    Request request;
+    Error error;  // after Bad
+
+    /// Takes from the front of `in` and is called again until it says NeedMore (then with what is
+    /// left and more), Done or Bad. Head: the head is complete. Data: `piece` is of the body.
+    Parse next(string_view& in, string_view& piece) {
+        while (part_ != Part::End) {
+            if (part_ == Part::Data) { return next_data(in, piece); }
+            const size_t end = in.find('\n', scanned_);
+            string_view line = in.substr(0, end);
+            const bool crlf = !line.empty() && line.back() == '\r', head = part_ <= Part::Fields;
             if (crlf) { line.remove_suffix(1); }
-            error_ = check_size(line.size());
-            if (!error_ && end == string::npos) { return Parse::NeedMore; }
-            if (!error_ && !crlf) { error_ = {400, "a line ends without CR"}; }
-            if (error_) { return Parse::Bad; }
-            start_ = scanned_;
-            if (line.empty() && lines_ > 0) {
-                error_ = finish(request);
-                return error_ ? Parse::Bad : Parse::Done;
-            }
-            if (line.empty() && !std::exchange(skipped_, true)) { continue; }
-            error_ = lines_++ == 0 ? take_request_line(line, request) : take_field(line, request);
-            if (error_) { return Parse::Bad; }
+            if (part_ == Part::RequestLine) { request.line = line; }
+            error = check_size(line.size());
+            scanned_ = end == string::npos ? in.size() : 0;
+            if (!error && end == string::npos) { return Parse::NeedMore; }
+            if (!error && !crlf) { error = {400, "a line ends without CR"}; }
+            if (!error) { error = take_line(line); }
+            if (error) { return Parse::Bad; }
+            in.remove_prefix(end + 1);
+            head_size_ += head ? end + 1 : 0;
+            if (head && part_ > Part::Fields) { return Parse::Head; }
         }
+        return Parse::Done;
     }
 
-    size_t size() const { return start_; }
-    const Error& error() const { return error_; }
-
 private:
+    enum class Part { RequestLine, Fields, Data, DataEnd, ChunkSize, Trailers, End };
+
+    Parse next_data(string_view& in, string_view& piece) {
+        piece = in.substr(0, static_cast<size_t>(std::min<int64_t>(left_, INT_MAX)));
+        if (piece.empty()) { return Parse::NeedMore; }
+        in.remove_prefix(piece.size());
+        left_ -= static_cast<int64_t>(piece.size());
+        if (left_ == 0) { part_ = request.chunked ? Part::DataEnd : Part::End; }
+        return Parse::Data;
+    }
+
     Error check_size(size_t line) const {
-        const Config& c = config_;
-        const int limit = lines_ > 0 ? c.limit_request_field_size : c.limit_request_line;
-        if ((limit == 0 || line <= static_cast<size_t>(limit)) && start_ + line <= kMaxHead) {
-            return {};
+        const bool first = part_ == Part::RequestLine, in_head = first || part_ == Part::Fields;
+        const bool in_chunks = part_ == Part::ChunkSize || part_ == Part::DataEnd;
+        const int limit = first                       ? config_.limit_request_line
+                          : part_ == Part::ChunkSize ? kMaxChunkLine
+                          : part_ == Part::DataEnd   ? 0
+                                                     : config_.limit_request_field_size;
+        const bool fits = line <= static_cast<size_t>(limit) || (first && limit == 0);
+        if (fits && (!in_head || head_size_ + line <= size_t{kMaxHead})) { return {}; }
+        return first       ? Error{414, "the request line is too long"}
+               : in_chunks ? Error{400, "not a chunk"}
+                           : Error{431, "a header field is too long"};
+    }
+
+    Error take_line(string_view line) {
+        switch (part_) {
+            case Part::RequestLine:
+                if (line.empty() && !std::exchange(skipped_, true)) { return {}; }
+                part_ = Part::Fields;
+                return take_request_line(line);
+            case Part::Trailers: part_ = line.empty() ? Part::End : part_; [[fallthrough]];
+            case Part::Fields: return !line.empty() ? take_field(line) : finish_head();
+            case Part::ChunkSize: return take_chunk_size(line);
+            case Part::DataEnd: part_ = Part::ChunkSize; return {};
+            case Part::Data:
+            case Part::End: return {};
         }
-        return lines_ > 0 ? Error{431, "a header field is too long"}
-                          : Error{414, "the request line is too long"};
+        return {};
     }
 
     /// method SP request-target SP HTTP-version (RFC 9112 section 3).
-    static Error take_request_line(string_view line, Request& r) {
+    Error take_request_line(string_view line) {
+        Request& r = request;
         r.method = cut(line, ' ');
         r.target = cut(line, ' ');
         const size_t lower_case = r.method.find_first_of("abcdefghijklmnopqrstuvwxyz");
@@ -1023,12 +1019,12 @@ private:
         if (r.target.empty() || r.target.find('\t') != string::npos || !is_field_value(r.target)) {
             return {400, "not a request target"};
         }
-        const Error error = take_version(line, r);
-        return error ? error : take_target(r);
+        const Error error_of_version = take_version(line);
+        return error_of_version ? error_of_version : take_target();
     }
 
     /// "HTTP/" DIGIT "." DIGIT (RFC 9112 section 2.3); 1.2 and the like are served as 1.1.
-    static Error take_version(string_view text, Request& r) {
+    Error take_version(string_view text) {
         if (text.substr(0, 5) != "HTTP/") { return {400, "no HTTP version"}; }
         text.remove_prefix(5);
         const bool dot = text.find('.') != string::npos;
@@ -1037,12 +1033,13 @@ private:
         if (!parse_number(major, ignored) || (dot && !parse_number(text, ignored))) {
             return {400, "not an HTTP version"};
         }
-        r.minor = text == "0" ? 0 : 1;
+        request.minor = text == "0" ? 0 : 1;
         return major == "1" && text.size() == 1 ? Error{} : Error{505, "not HTTP/1"};
     }
 
     /// Origin, absolute and asterisk form (RFC 9112 section 3.2).
-    static Error take_target(Request& r) {
+    Error take_target() {
+        Request& r = request;
         string_view rest = r.target;
         if (r.method == "CONNECT") { return {501, "CONNECT is for proxies"}; }
         if (rest == "*" && r.method != "OPTIONS") { return {400, "* is for OPTIONS"}; }
@@ -1062,152 +1059,87 @@ private:
         return good ? Error{} : Error{400, "NUL in the path"};
     }
 
-    Error take_field(string_view line, Request& r) const {
+    /// A field of the head, or of the trailer section, where fields are checked and dropped.
+    Error take_field(string_view line) {
+        Request& r = request;
         string_view name, value;
-        if (lines_ - 1 > config_.limit_request_fields) { return {431, "too many header fields"}; }
+        if (++fields_ > config_.limit_request_fields) { return {431, "too many header fields"}; }
         if (!split_field(line, name, value)) { return {400, "not a header field"}; }
+        const auto is = [&](const char* other) { return same_name(name, other); };
+        const bool is_length = is("content-length"), is_host_field = is("host");
+        if (part_ == Part::Trailers) {
+            const bool bad = is_length || is_host_field || is("transfer-encoding");
+            return bad ? Error{400, "not a trailer field"} : Error{};
+        }
         // X_Y and X-Y would be one name in the environ; HTTP_PROXY would steer outgoing requests.
-        if (name.find('_') != string::npos || same_name(name, "proxy")) { return {}; }
+        if (name.find('_') != string::npos || is("proxy")) { return {}; }
+        if (is_length) {
+            const bool good = r.length < 0 && parse_number(value, r.length);
+            return good ? Error{} : Error{400, "not one good Content-Length"};
+        }
+        if (is_host_field && !is_host(value)) { return {400, "not a host"}; }
+        if (is_host_field && !r.host.empty()) { value = r.host; }  // that of the target counts
         const string key = environ_name(name);
-        const auto known = std::find_if(r.fields.begin(), r.fields.end(),
-                                        [&](const auto& field) { return field.first == key; });
-        const bool again = known != r.fields.end();
-        if (key == "HTTP_HOST" && (again || !is_host(value))) { return {400, "not one good Host"}; }
-        if (key == "CONTENT_TYPE" && again) { return {400, "two Content-Types"}; }
-        if (key == "CONTENT_LENGTH" && (again || !parse_number(value, r.length))) {
-            return {400, "not a Content-Length"};
-        }
-        if (again) {
-            (known->second += key == "HTTP_COOKIE" ? "; " : ",") += value;
-        } else {
-            r.fields.emplace_back(key, value);
-        }
+        const string_view known = lookup(r.fields, key);
+        if (known.data() == nullptr) { return add_variable(r.fields, key, value), Error{}; }
+        if (is_host_field || is("content-type")) { return {400, "two of " + key}; }
+        const size_t at = static_cast<size_t>(known.end() - r.fields.data());
+        r.fields.insert(at, (is("cookie") ? "; " : ",") + string(value));
         return {};
     }
 
-    /// What only the whole head tells: framing of the body, Expect, the host.
-    static Error finish(Request& r) {
-        bool has_host = r.host.empty();
-        for (auto& [name, value] : r.fields) {
-            if (name == "HTTP_TRANSFER_ENCODING") {
-                if (Error error = take_coding(value, r)) { return error; }
-            } else if (name == "HTTP_EXPECT") {
-                if (!same_name(value, "100-continue")) { return {417, "not an expectation"}; }
-                r.expect_continue = r.minor > 0;
-            } else if (name == "HTTP_HOST" && !has_host) {
-                value = r.host;
-                has_host = true;
-            }
+    /// What only the whole head tells: the host, Expect, and how the body is framed.
+    Error finish_head() {
+        Request& r = request;
+        if (part_ == Part::End) { return {}; }
+        if (!r.host.empty() && lookup(r.fields, "HTTP_HOST").data() == nullptr) {
+            add_variable(r.fields, "HTTP_HOST", r.host);
         }
-        if (!has_host) { r.fields.emplace_back("HTTP_HOST", r.host); }
-        return {};
+        const string_view expect = lookup(r.fields, "HTTP_EXPECT");
+        const string_view coding = lookup(r.fields, "HTTP_TRANSFER_ENCODING");
+        r.expect_continue = expect.data() != nullptr && r.minor > 0;
+        if (expect.data() != nullptr && !same_name(expect, "100-continue")) {
+            return {417, "not an expectation"};
+        }
+        left_ = std::max<int64_t>(r.length, 0);
+        part_ = left_ > 0 ? Part::Data : Part::End;
+        return coding.data() != nullptr ? take_coding(coding) : Error{};
     }
 
     /// Exactly one `chunked`, on HTTP/1.1, without a Content-Length: all else is how requests are
     /// smuggled (RFC 9112 section 6.1).
-    static Error take_coding(string_view value, Request& r) {
+    Error take_coding(string_view value) {
+        Request& r = request;
         if (r.minor == 0 || r.length >= 0) { return {400, "Transfer-Encoding is not for here"}; }
-        int codings = 0, chunked = 0;
+        int codings = 0;
         for (bool more = true; more; ++codings) {
             more = value.find(',') != string::npos;
             const string_view coding = trim(cut(value, ','));
-            if (!is_token(coding) || chunked > 0) { return {400, "not a Transfer-Encoding"}; }
-            chunked += same_name(coding, "chunked") ? 1 : 0;
+            if (!is_token(coding) || r.chunked) { return {400, "not a Transfer-Encoding"}; }
+            r.chunked = same_name(coding, "chunked");
         }
-        r.chunked = true;
-        return codings == chunked ? Error{} : Error{501, "a coding other than chunked"};
+        fields_ = 0;
+        part_ = Part::ChunkSize;
+        return r.chunked && codings == 1 ? Error{} : Error{501, "a coding other than chunked"};
     }
 
-    const Config& config_;
-    size_t scanned_ = 0, start_ = 0;  // where to look for the next LF; where its line begins
-    int lines_ = 0;                   // the request line and field lines seen
-    bool skipped_ = false;            // one empty line before the request is allowed
-    Error error_;
-};
-
-/// Reads a body by its framing: Content-Length or chunks (RFC 9112 sections 6.2 and 7.1).
-class BodyReader {
-public:
-    explicit BodyReader(const Config& config) : config_(config) {}
-
-    void start(const Request& request) {
-        chunked_ = request.chunked;
-        part_ = chunked_ ? Part::Size : Part::Data;
-        left_ = std::max<int64_t>(request.length, 0);
-    }
-
-    /// Takes from the front of `in`, and gives at most one piece of data. NeedMore without a
-    /// piece: wait for more bytes, and keep what is left in `in`.
-    Parse next(string_view& in, string_view& piece) {
-        piece = {};
-        while (!error_ && part_ != Part::End) {
-            if (part_ == Part::Data) {
-                piece = in.substr(0, static_cast<size_t>(std::min<int64_t>(left_, INT_MAX)));
-                in.remove_prefix(piece.size());
-                left_ -= static_cast<int64_t>(piece.size());
-                if (left_ == 0) { part_ = chunked_ ? Part::DataEnd : Part::End; }
-                if (left_ > 0 || !piece.empty()) { return Parse::NeedMore; }
-            } else {
-                const size_t end = in.find('\n');
-                string_view line = in.substr(0, end);
-                const bool crlf = !line.empty() && line.back() == '\r';
-                if (crlf) { line.remove_suffix(1); }
-                if (line.size() > longest_line()) {
-                    error_ = part_ == Part::Trailers ? Error{431, "a trailer field is too long"}
-                                                     : Error{400, "not a chunk"};
-                } else if (end == string::npos) {
-                    return Parse::NeedMore;
-                } else {
-                    in.remove_prefix(end + 1);
-                    error_ = crlf ? take_line(line) : Error{400, "a line ends without CR"};
-                }
-            }
+    /// chunk-size [ chunk-ext ] (RFC 9112 section 7.1); a blank may stand before an extension.
+    Error take_chunk_size(string_view line) {
+        string_view size = line.substr(0, line.find(';'));
+        if (size.size() < line.size()) { size = size.substr(0, size.find_last_not_of(" \t") + 1); }
+        if (size.size() > 16 || !is_field_value(line) || !parse_number(size, left_, 16)) {
+            return {400, "not a chunk size"};
         }
-        return error_ ? Parse::Bad : Parse::Done;
-    }
-
-    bool chunked() const { return chunked_; }
-    const Error& error() const { return error_; }
-
-private:
-    enum class Part { Data, DataEnd, Size, Trailers, End };
-
-    size_t longest_line() const {
-        return part_ == Part::Size      ? kMaxChunkLine
-               : part_ == Part::DataEnd ? 0
-                                        : static_cast<size_t>(config_.limit_request_field_size);
-    }
-
-    /// A chunk-size line, the CRLF behind a chunk's data, a trailer field, or the last empty line.
-    Error take_line(string_view line) {
-        string_view name, value;
-        if (part_ == Part::DataEnd) {
-            part_ = Part::Size;
-        } else if (part_ == Part::Size) {
-            string_view size = line.substr(0, line.find(';'));
-            const size_t end = size.find_last_not_of(" \t") + 1;
-            if (size.size() < line.size()) { size = size.substr(0, end); }
-            if (size.size() > 16 || !is_field_value(line) || !parse_number(size, left_, 16)) {
-                return {400, "not a chunk size"};
-            }
-            part_ = left_ > 0 ? Part::Data : Part::Trailers;
-        } else if (line.empty()) {
-            part_ = Part::End;
-        } else if (++trailers_ > config_.limit_request_fields) {
-            return {431, "too many trailer fields"};
-        } else if (!split_field(line, name, value) || same_name(name, "content-length") ||
-                   same_name(name, "transfer-encoding") || same_name(name, "host")) {
-            return {400, "not a trailer field"};
-        }
+        part_ = left_ > 0 ? Part::Data : Part::Trailers;
         return {};
     }
 
     const Config& config_;
-    Part part_ = Part::Data;
-    bool chunked_ = false;
-    int64_t left_ = 0;  // bytes of the body or of the chunk still to come
-    int trailers_ = 0;
-    Error error_;
+    Part part_ = Part::RequestLine;
+    size_t scanned_ = 0, head_size_ = 0;  // bytes without LF at the front; of the head so far
+    int fields_ = 0;                      // in the head, then in the trailer section
+    bool skipped_ = false;                // one empty line before the request is allowed
+    int64_t left_ = 0;                    // bytes of the body or of the chunk still to come
 };
 
 /// Where a connection came in: SERVER_NAME, SERVER_PORT, REMOTE_ADDR, REMOTE_PORT.
@@ -1224,34 +1156,23 @@ string make_environ(const Request& r, const Endpoints& ends) {
         prefix = {};  // the request is not below it: the two together must give its path
     }
     string_view server = ends.server, port = ends.server_port;
-    const auto host = std::find_if(r.fields.begin(), r.fields.end(),
-                                   [](const auto& field) { return field.first == "HTTP_HOST"; });
-    if (server.empty() && host != r.fields.end()) {
-        const size_t colon = host->second.find(':', host->second.rfind(']') + 1);
-        server = string_view(host->second).substr(0, colon);
-        port = string_view(host->second).substr(std::min(server.size() + 1, host->second.size()));
+    if (server.empty()) {
+        const string_view host = lookup(r.fields, "HTTP_HOST");
+        server = host.substr(0, host.find(':', host.rfind(']') + 1));
+        port = host.substr(std::min(server.size() + 1, host.size()));
     }
+    const std::pair<const char*, string_view> variables[] = {
+        {"REQUEST_METHOD", r.method}, {"SCRIPT_NAME", prefix},
+        {"PATH_INFO", path.substr(prefix.size())}, {"QUERY_STRING", r.query},
+        {"RAW_URI", r.target}, {"REQUEST_URI", r.target},
+        {"SERVER_PROTOCOL", r.minor > 0 ? "HTTP/1.1" : "HTTP/1.0"}, {"SERVER_NAME", server},
+        {"SERVER_PORT", port.empty() ? "80" : port}, {"REMOTE_ADDR", ends.peer},
+        {"REMOTE_PORT", ends.peer_port}};
     string block;
-    block.reserve(1024);
-    const auto add = [&block](string_view name, string_view value) {
-        (((block += name) += '\0') += value) += '\0';
-    };
-    add("CONTENT_LENGTH", r.length < 0 ? "" : to_string(r.length));
-    add("REQUEST_METHOD", r.method);
-    add("SCRIPT_NAME", prefix);
-    add("PATH_INFO", path.substr(prefix.size()));
-    add("QUERY_STRING", r.query);
-    add("RAW_URI", r.target);
-    add("REQUEST_URI", r.target);
-    add("SERVER_PROTOCOL", r.minor > 0 ? "HTTP/1.1" : "HTTP/1.0");
-    add("SERVER_NAME", server);
-    add("SERVER_PORT", port.empty() ? "80" : port);
-    add("REMOTE_ADDR", ends.peer);
-    add("REMOTE_PORT", ends.peer_port);
-    for (const auto& [name, value] : r.fields) {
-        if (name != "CONTENT_LENGTH") { add(name, value); }
-    }
-    return block;
+    block.reserve(512 + r.fields.size());
+    add_variable(block, "CONTENT_LENGTH", r.length < 0 ? "" : to_string(r.length));
+    for (const auto& [name, value] : variables) { add_variable(block, name, value); }
+    return block += r.fields;
 }
 
 // ============================================================================
@@ -1280,14 +1201,13 @@ Error parse_response(string_view head, Response& r) {
     while (!head.empty()) {
         const string_view line = cut(head, '\n');
         string_view name, value;
-        if (!split_field(line, name, value)) {
-            return {500, "the header field '" + escape(line) + "'"};
-        }
+        if (!split_field(line, name, value)) { return {500, "the header field '" + escape(line) + "'"}; }
         const auto is = [&name](const char* other) { return same_name(name, other); };
-        if (is("content-length") && (r.length >= 0 || !parse_number(value, r.length))) {
-            return {500, "the Content-Length '" + escape(value) + "'"};
+        if (is("content-length")) {
+            const bool good = r.length < 0 && parse_number(value, r.length);
+            if (!good) { return {500, "the Content-Length '" + escape(value) + "'"}; }
+            if (status == 204) { continue; }  // RFC 9110 section 8.6
         }
-        if (is("content-length") && status == 204) { continue; }  // RFC 9110 section 8.6
         if (std::any_of(std::begin(kHopByHop), std::end(kHopByHop), is)) {
             (r.dropped += r.dropped.empty() ? "" : ", ") += name;
             continue;
@@ -1310,6 +1230,7 @@ string final_head(const Response& r, int minor, bool chunked) {
         std::strftime(date, sizeof date, "Date: %a, %d %b %Y %H:%M:%S GMT\r\n", &parts);
     }
     string head = minor > 0 ? "HTTP/1.1 " : "HTTP/1.0 ";
+    head.reserve(256);
     (head += r.line) += r.has_server ? "\r\n" : "\r\nServer: server\r\n";
     ((head += r.has_date ? "" : date) += "Connection: close\r\n") += r.fields;
     return head += chunked ? "Transfer-Encoding: chunked\r\n\r\n" : "\r\n";
@@ -1327,12 +1248,9 @@ Response error_response(int status, string& body) {
     Response r;
     r.status = status;
     r.line = to_string(status);
-    for (const auto& [code, reason] : kReasons) {
-        if (code == status) { (r.line += " ") += reason; }
-    }
+    for (const auto& [code, reason] : kReasons) { r.line += code == status ? string(" ") + reason : ""; }
     body = r.line + "\n";
-    r.length = static_cast<int64_t>(body.size());
-    r.fields = "Content-Type: text/plain\r\nContent-Length: " + to_string(r.length) + "\r\n";
+    r.fields = "Content-Type: text/plain\r\nContent-Length: " + to_string(body.size()) + "\r\n";
     if (status == 503) { r.fields += "Retry-After: 10\r\n"; }
     return r;
 }
@@ -1352,10 +1270,8 @@ Response error_response(int status, string& body) {
 constexpr char kRunner[] = R"py(
 import faulthandler, fcntl, importlib, io, os, select, sys
 
-
 class Body(io.RawIOBase):
     """What of a request's body has not come with its head; inert once the request is over."""
-
     def __init__(self, slot):
         self.slot = slot
 
@@ -1367,10 +1283,8 @@ class Body(io.RawIOBase):
         buffer[:len(data)] = data
         return len(data)
 
-
 class FileWrapper:
     """wsgi.file_wrapper (PEP 3333, Optional Platform-Specific File Handling)."""
-
     def __init__(self, file, block_size=65536):
         self.file, self.block_size = file, max(block_size, 65536)
         if hasattr(file, "close"):
@@ -1379,62 +1293,50 @@ class FileWrapper:
     def __iter__(self):
         return iter(lambda: self.file.read(self.block_size) or None, None)
 
-
 class Response:
-    """start_response() and write() of one request."""
-
+    """start_response() and write() of one request; inert once it is over."""
     def __init__(self, slot):
         self.slot, self.head, self.started = slot, None, False
 
     def start_response(self, status, headers, exc_info=None):
-        if exc_info:
-            try:
-                if self.started:
-                    raise exc_info[1].with_traceback(exc_info[2])
-            finally:
-                exc_info = None  # no circular reference to the traceback
-        elif self.head is not None:
-            raise AssertionError("start_response was called twice")
-        lines = [("Status", status)]
-        lines += headers
+        try:
+            if exc_info and self.started:
+                raise exc_info[1].with_traceback(exc_info[2])
+            if self.head and not exc_info:
+                raise AssertionError("start_response was called twice")
+        finally:
+            exc_info = None  # no circular reference to the traceback
         head = ""
-        for name, value in lines:
+        for name, value in [("Status", status), *headers]:
             if not isinstance(name, str) or not isinstance(value, str):
                 raise TypeError("not a str in the status or the headers: %r" % ((name, value),))
             if ":" in name:
                 raise ValueError("a colon in the header name %r" % name)
-            head += "%s: %s\n" % (name, value)
-        if head.count("\n") != len(lines):
-            raise ValueError("a line break in the status or the headers: %r" % (lines,))
+            head += name + ": " + value + "\n"
+        if head.count("\n") != len(headers) + 1:
+            raise ValueError("a line break in the status or the headers: %r" % head)
         self.head = head.encode("latin-1") + b"\n"
         return self.write
 
-    def frame(self, data):
-        """The netstring for a piece of the body, the head before the first."""
-        if not isinstance(data, bytes):
-            raise TypeError("the response is made of bytes, not %r" % type(data))
+    def frame(self, items):
+        """The netstring for pieces of the body, the head before the first."""
+        for item in items:
+            if not isinstance(item, bytes):
+                raise TypeError("the response is made of bytes, not %r" % type(item))
         if self.head is None:
             raise AssertionError("start_response was not called")
-        if not self.started:
-            data = self.head + data
-            self.started = True
+        data = b"".join(items) if self.started else self.head + b"".join(items)
+        self.started = True
         return b"%d:%b," % (len(data), data) if data else b""
 
     def write(self, data):
-        if self.slot is None:
-            return
-        if self.slot.client_gone():
+        if self.slot and self.slot.client_gone():
             raise BrokenPipeError("the client has gone")
-        self.send(data)
-
-    def send(self, data):
-        if data or not isinstance(data, bytes):  # the head waits for the first non-empty piece
-            self.slot.write(self.frame(data))
-
+        if self.slot and data != b"":  # the head waits for the first non-empty piece
+            self.slot.write(self.frame([data]))
 
 class Slot:
     """A pair of pipes, and the loop that answers what comes through them."""
-
     def __init__(self, requests, replies, app):
         self.requests, self.replies, self.app = requests, replies, app
         self.pending = b""  # read and not used
@@ -1481,17 +1383,16 @@ class Slot:
 
     def serve(self, base):
         while True:
-            block = self.netstring().decode("latin-1").split("\0")
-            if len(block) == 1:
+            block = self.netstring()
+            if not block:
                 continue  # "the client has gone", too late
-            words = iter(block)
+            words = iter(block.decode("latin-1").split("\0"))
             environ = dict(zip(words, words), **base)
             self.left, self.gone, body = int(environ["CONTENT_LENGTH"] or 0), False, None
             if not environ["CONTENT_LENGTH"]:
                 del environ["CONTENT_LENGTH"]
             if self.left <= len(self.pending):
-                environ["wsgi.input"] = io.BytesIO(self.pending[:self.left])
-                self.pending, self.left = self.pending[self.left:], 0
+                environ["wsgi.input"] = io.BytesIO(self.take(self.left) if self.left else b"")
             else:
                 body = Body(self)
                 environ["wsgi.input"] = io.BufferedReader(body, 65536)
@@ -1508,16 +1409,13 @@ class Slot:
         try:
             items = self.app(environ, response.start_response)
             if isinstance(items, (list, tuple)):  # all is there: one write
-                for item in items:
-                    if not isinstance(item, bytes):
-                        response.frame(item)
-                self.write(response.frame(b"".join(items)) + b"0:,")
+                self.write(response.frame(items) + b"0:,")
             else:
                 for item in items:
                     if self.client_gone():
                         break
-                    response.send(item)
-                self.write((b"" if response.started else response.frame(b"")) + b"0:,")
+                    response.write(item)
+                self.write((b"" if response.started else response.frame(())) + b"0:,")
         except Exception:
             report()
             self.write(b"0:!")
@@ -1528,20 +1426,9 @@ class Slot:
             except Exception:
                 report()
 
-
 def report():
-    import traceback
+    import traceback  # which takes its time, and is hardly ever wanted
     os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
-
-
-def load(name):
-    """MODULE, MODULE:OBJ.ATTR or MODULE:FACTORY(...) as in gunicorn."""
-    module, _, target = name.partition(":")
-    app = eval(target or "application", vars(importlib.import_module(module)))
-    if not callable(app):
-        raise TypeError("%s is not callable" % name)
-    return app
-
 
 def main(name, paths, software):
     faulthandler.enable()  # SIGABRT, and crashes, print the stack of every thread
@@ -1559,17 +1446,23 @@ def main(name, paths, software):
     # A child that the application forks has no part in the bridge.
     os.register_at_fork(after_in_child=lambda: put_null(pipes))
     sys.path[:1] = [os.path.abspath(path) for path in paths.split(",") if path] + [os.getcwd()]
-    try:
-        slot = Slot(*pipes, load(name))
+    try:  # MODULE, MODULE:OBJ.ATTR or MODULE:FACTORY(...), as in gunicorn
+        module, _, target = name.partition(":")
+        app = eval(target or "application", vars(importlib.import_module(module)))
+        if not callable(app):
+            raise TypeError("%s is not callable" % name)
     except Exception:
         report()
         sys.exit(4)
+    slot = Slot(*pipes, app)
     slot.write(b"0:,")
     slot.serve({
         "wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.errors": sys.stderr,
         "wsgi.multithread": False, "wsgi.multiprocess": True, "wsgi.run_once": False,
         "wsgi.file_wrapper": FileWrapper, "wsgi.input_terminated": True,
         "SERVER_SOFTWARE": software})
+
+main(*map(os.fsdecode, settings))
 )py";
 
 /// Tells what the frames of a runner mean, piece by piece, however the bytes arrive.
@@ -1580,25 +1473,22 @@ public:
     /// Takes from the front of `in`. Piece: part of a payload, perhaps not all of it.
     Event next(string_view& in, string_view& piece) {
         while (!in.empty()) {
-            if (left_ > 0) {
-                piece = in.substr(0, left_);
-                in.remove_prefix(piece.size());
-                left_ -= piece.size();
-                return Event::Piece;
-            }
             const char c = in.front();
-            in.remove_prefix(1);
+            piece = in.substr(0, left_);
+            left_ -= piece.size();
+            in.remove_prefix(std::max<size_t>(piece.size(), 1));
+            if (!piece.empty()) { return Event::Piece; }
             if (std::exchange(in_payload_, false)) {
-                const size_t size = std::exchange(size_, 0);
-                if (c == '!' && size == 0) { return Event::Failed; }
+                const bool empty = std::exchange(size_, 0) == 0;
+                if (empty && c == '!') { return Event::Failed; }
                 if (c != ',') { return Event::Bad; }
-                if (size == 0) { return Event::End; }
-            } else if (is_digit(c) && digits_++ < 12) {
-                size_ = size_ * 10 + static_cast<size_t>(c - '0');
+                if (empty) { return Event::End; }
             } else if (c == ':' && digits_ > 0) {
                 left_ = size_;
                 in_payload_ = true;
                 digits_ = 0;
+            } else if (is_digit(c) && digits_++ < 12) {
+                size_ = size_ * 10 + static_cast<size_t>(c - '0');
             } else {
                 return Event::Bad;
             }
@@ -1622,43 +1512,24 @@ struct Runner {
     pid_t pid = -1;
     Fd to, from;
     NetstringReader reader;
-    string outgoing;                // a request's netstring, what is left of it
-    Spool body;                     // and its body, which follows
+    Spool out;                      // what it has not taken yet of its request
     Connection* current = nullptr;  // null: nobody waits for this response any more
     string request;                 // its request line, once nobody waits
     bool answered = false;          // its end frame has come
-    bool tell_gone = false;         // the runner is owed a "0:,"
     Time since{};                   // when the request went out
     Time deadline = Time::max();    // of the next frame
     Time kill_at = Time::max();     // SIGKILL for a runner that should be gone
     int signal = 0;                 // the last signal that we sent it
 };
 
-/// A Python literal for any text, so that settings travel in the source and not in the environ.
-string python_literal(string_view text) {
-    string out = "__import__('os').fsdecode(b'";
-    for (const char c : text) {
-        char hex[5];
-        std::snprintf(hex, sizeof hex, "\\x%02x", static_cast<unsigned char>(c));
-        out += hex;
-    }
-    return out + "')";
-}
-
 /// In the forked child: becomes the runner. Only its two pipes go with it.
-[[noreturn]] void exec_runner(const Config& config, const Pair& pipes, const string& boot,
-                              pid_t worker, rlim_t files) {
-    for (int number = 1; number < NSIG; ++number) { set_signal(number, SIG_DFL); }
+[[noreturn]] void exec_runner(const Config& config, const Fd& in, const Fd& out,
+                              const string& boot, pid_t worker, rlim_t files) {
+    for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
     ::setpgid(0, 0);  // Ctrl-C is for the server; and what the application forks can be ended too
-    ::dup2(pipes.first.get(), STDIN_FILENO);
-    ::dup2(pipes.second.get(), STDOUT_FILENO);
+    ::dup2(in.get(), STDIN_FILENO);
+    ::dup2(out.get(), STDOUT_FILENO);
     ::dup2(g_log.error_file.get(), STDERR_FILENO);
-    Strings gone{"NOTIFY_SOCKET"};  // what is between systemd and the server
-    for (char** entry = environ; *entry != nullptr; ++entry) {
-        const string name = string(*entry).substr(0, string_view(*entry).find('='));
-        if (name.find("LISTEN_") == 0 || name.find("WATCHDOG_") == 0) { gone.push_back(name); }
-    }
-    for (const string& name : gone) { ::unsetenv(name.c_str()); }
     struct rlimit limit {};
     ::getrlimit(RLIMIT_NOFILE, &limit);
     limit.rlim_cur = files;
@@ -1675,34 +1546,35 @@ string python_literal(string_view text) {
     } else {
         ::execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
     }
-    log(Level::Error, "cannot run %s: %s", python, std::strerror(errno));
+    log(Level::Error, os_error("cannot run " + config.python).text);
     ::_exit(kWorkerBootError);
 }
 
 /// Starts a runner that imports the application. `files`: its soft limit on descriptors.
 Error start_runner(const Config& config, Runner& runner, rlim_t files) {
-    Result<Pair> requests = make_pipe(), replies = make_pipe();
-    if (requests.error || replies.error) { return os_error("cannot make pipes for a runner"); }
-    const string source = kRunner + ("\nmain(" + python_literal(config.app) + ", ") +
-                          python_literal(join(config.pythonpath)) + ", 'server/" + kVersion +
-                          "')\n";
-    const string boot = "import sys; exec(compile(sys.stdin.buffer.read(" +
-                        to_string(source.size()) + "), '<server runner>', 'exec'), {})";
-    runner = Runner{};
-    runner.to = std::move(requests.value.second);
-    runner.from = std::move(replies.value.first);
-    const Pair theirs{std::move(requests.value.first), std::move(replies.value.second)};
+    Pair requests, replies;
+    if (Error error = make_pipe(requests)) { return error; }
+    if (Error error = make_pipe(replies)) { return error; }
+    const string settings[] = {config.app, join(config.pythonpath), string("server/") + kVersion};
+    string source = kRunner;
+    for (const string& each : settings) { (source += '\0') += each; }
+    const string boot = "import sys; b = sys.stdin.buffer.read(" + to_string(source.size()) +
+                        ").split(b'\\0'); exec(compile(b[0], '<server runner>', 'exec'), "
+                        "{'settings': b[1:]})";
     const pid_t worker = ::getpid();
     block_signals(true);
     const pid_t pid = ::fork();
-    if (pid == 0) { exec_runner(config, theirs, boot, worker, files); }
+    if (pid == 0) { exec_runner(config, requests.first, replies.second, boot, worker, files); }
     block_signals(false);
     if (pid < 0) { return os_error("cannot fork"); }
     ::setpgid(pid, pid);  // here too: a signal to its group may be due before it runs
-    if (config.runner.empty()) { (void)write_all(runner.to, source); }  // waitpid() tells if it died
-    for (const Fd* end : {&runner.to, &runner.from}) { set_flags(end->get(), true); }
+    runner = Runner{};
     runner.phase = Phase::Booting;
     runner.pid = pid;
+    runner.to = std::move(requests.second);
+    runner.from = std::move(replies.first);
+    if (config.runner.empty()) { (void)write_all(runner.to, source); }  // waitpid() tells if it died
+    for (const Fd* end : {&runner.to, &runner.from}) { set_flags(end->get(), true); }
     return {};
 }
 
@@ -1719,17 +1591,8 @@ string exit_text(int status) {
 //  ReadHead → ReadBody → Ready → Run → Reply → Linger → Done; a refused request goes straight
 //  to Reply. Only Worker::set_state() assigns the state, and the deadline with it.
 // ============================================================================
+enum class Stop { No, Leave, Drain, Now };  // Drain: the ready queue, too
 enum class State { ReadHead, ReadBody, Ready, Run, Reply, Linger, Done };
-
-constexpr auto kAcceptDelay = 10ms;   // how long a busy worker leaves connections to idle ones
-constexpr auto kKillDelay = 500ms;    // from asking a process to go to SIGKILL
-constexpr auto kLingerSilence = 2s, kLingerTotal = 10s;  // as nginx's lingering_close
-#ifdef MSG_MORE
-constexpr int kMore = MSG_MORE;  // the last bytes leave with the FIN, in one segment
-#else
-constexpr int kMore = 0;
-#endif
-constexpr size_t kReplyMemory = size_t{1} << 20, kWorkerMemory = size_t{16} << 20;
 
 /// The part of a connection that goes through the ready queue as it is.
 struct Passport {
@@ -1742,86 +1605,73 @@ struct Passport {
 };
 
 struct Connection {
-    explicit Connection(const Config& config) : parser(config), reader(config) {}
+    explicit Connection(const Config& config) : parser(config) {}
     Fd socket;
     State state = State::ReadHead;
     Time deadline{};
     Passport pass;
     Endpoints ends;
-    string in;  // read and not yet understood
-    HeadParser parser;
-    Request request;
-    BodyReader reader;
-    string env;                // environ block, once the head is complete
-    Spool body, out;           // of the request; what the client has not taken yet
-    string app_head, head;     // of the response, as the application sent it and as it goes out
+    bool silent = true;  // nothing has come
+    string in;           // read and not yet understood
+    RequestParser parser;
+    string env;                              // environ block, once the head is complete
+    Spool body, out;                         // of the request; what the client has not taken yet
+    string app_head, head;                   // of the response: the application's, the client's
     Response response;
-    int64_t left = -1;         // of the response's Content-Length; -1: none
-    int64_t body_bytes = 0;    // of the response, so far
-    size_t counted = 0;        // bytes of `out` in Worker::reply_memory_
-    bool chunked = false, too_long = false;     // the response is; has more than it announced
-    bool complete = false, broken = false;      // no more will come; it must end visibly cut
+    int64_t left = -1;                       // of the response's Content-Length; -1: none
+    int64_t body_bytes = 0;                  // of the response, so far
+    size_t counted = 0;                      // bytes of `out` in Worker::reply_memory_
+    bool chunked = false, too_long = false;  // the response is; has more than it announced
+    bool complete = false, broken = false;   // no more will come; it must end visibly cut
 
-    /// For logs: what the client sent, to be escaped.
+    /// For logs: the request line, to be escaped.
     string request_line() const {
-        if (env.empty()) { return in.substr(0, in.find_first_of("\r\n")); }
+        if (env.empty()) { return parser.request.line; }
         const auto get = [this](string_view name) { return string(lookup(env, name)); };
         return get("REQUEST_METHOD") + " " + get("RAW_URI") + " " + get("SERVER_PROTOCOL");
     }
 };
 
-/// One datagram and its descriptors (SCM_RIGHTS), to be sent or received.
-struct Datagram {
-    alignas(cmsghdr) char control[CMSG_SPACE(2 * sizeof(int))] = {};
-    struct iovec part {};
-    struct msghdr message {};
-
-    Datagram(char* data, size_t size, size_t descriptors) : part{data, size} {
-        message.msg_iov = &part;
-        message.msg_iovlen = 1;
-        message.msg_control = control;
-        message.msg_controllen = static_cast<decltype(message.msg_controllen)>(
-            CMSG_SPACE(descriptors * sizeof(int)));
-    }
-};
-
 constexpr size_t kMaxMessage = 4 * kPiece;
 
-/// False where the queue is full, or the message larger than it takes.
-bool send_message(int queue, string& data, const std::vector<int>& fds) {
-    if (data.size() > kMaxMessage) { return errno = EMSGSIZE, false; }
-    Datagram datagram(data.data(), data.size(), fds.size());
-    cmsghdr* header = CMSG_FIRSTHDR(&datagram.message);
+/// Sends a datagram of the ready queue with its two descriptors (SCM_RIGHTS), or receives one with
+/// theirs. Its size; -1, with errno, where the queue is full, or empty, or the datagram too large.
+ssize_t exchange_message(const Fd& queue, bool send, char* data, size_t size, int (&fds)[2]) {
+    alignas(cmsghdr) char control[CMSG_SPACE(sizeof fds)] = {};
+    struct iovec part = {data, size};
+    struct msghdr message {};
+    message.msg_iov = &part;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = sizeof control;
+    cmsghdr* header = CMSG_FIRSTHDR(&message);
     header->cmsg_level = SOL_SOCKET;
     header->cmsg_type = SCM_RIGHTS;
-    header->cmsg_len = static_cast<decltype(header->cmsg_len)>(CMSG_LEN(fds.size() * sizeof(int)));
-    std::memcpy(CMSG_DATA(header), fds.data(), fds.size() * sizeof(int));
-    return retry([&] { return ::sendmsg(queue, &datagram.message, MSG_DONTWAIT); }) >= 0;
-}
-
-/// The size of the datagram received, or -1 where there is none.
-ssize_t receive_message(int queue, char* data, size_t size, std::vector<Fd>& fds) {
-    Datagram datagram(data, size, 2);
-    const ssize_t n = retry([&] { return ::recvmsg(queue, &datagram.message, MSG_DONTWAIT); });
-    const cmsghdr* header = n < 0 ? nullptr : CMSG_FIRSTHDR(&datagram.message);
-    const size_t bytes = header == nullptr ? 0 : header->cmsg_len - CMSG_LEN(0);
-    for (size_t i = 0; i < bytes / sizeof(int); ++i) {
-        int fd;
-        std::memcpy(&fd, CMSG_DATA(header) + i * sizeof fd, sizeof fd);
-        set_flags(fd, false);
-        fds.emplace_back(fd);
-    }
+    header->cmsg_len = CMSG_LEN(sizeof fds);
+    std::memcpy(CMSG_DATA(header), fds, sizeof fds);
+    if (size > kMaxMessage) { return errno = EMSGSIZE, -1; }
+    const ssize_t n = retry([&] {
+        return send ? ::sendmsg(queue.get(), &message, MSG_DONTWAIT)
+                    : ::recvmsg(queue.get(), &message, MSG_DONTWAIT);
+    });
+    if (!send && n >= 0) { std::memcpy(fds, CMSG_DATA(header), sizeof fds); }
     return n;
-}
-
-/// The heartbeat: the file's mode alternates, the arbiter reads its ctime. Bit 2: booted.
-void notify_file(const Fd& file, bool booted, bool spinner) {
-    ::fchmod(file.get(), static_cast<mode_t>((booted ? 2 : 0) + (spinner ? 1 : 0)));
 }
 
 // ============================================================================
 //  9. Worker: one select loop between clients, the ready queue and the runner
 // ============================================================================
+constexpr auto kTick = 100ms;         // how exact a deadline is
+constexpr auto kAcceptDelay = 10ms;   // how long a busy worker leaves connections to idle ones
+constexpr auto kKillDelay = 500ms;    // from asking a process to go to SIGKILL
+constexpr auto kLingerSilence = 2s, kLingerTotal = 10s;  // as nginx's lingering_close
+constexpr size_t kReplyMemory = size_t{1} << 20, kWorkerMemory = size_t{16} << 20;
+#ifdef MSG_MORE
+constexpr int kMore = MSG_MORE;  // the last bytes leave with the FIN, in one segment
+#else
+constexpr int kMore = 0;
+#endif
+
 class Worker {
 public:
     /// `queue` is what every worker of every generation inherits; a byte into `arbiter` wakes it.
@@ -1833,17 +1683,11 @@ public:
     /// Serves until it is told to stop; returns the exit status.
     int run() {
         if (Error error = init_process()) {
-            log(Level::Error, "Worker cannot boot: %s", error.text.c_str());
+            log(Level::Error, "Worker cannot boot: " + error.text);
             return kWorkerBootError;
         }
-        while (status_ == 0 && (runner_.phase != Phase::Down || has_work())) {
-            fd_set reads = reads_, writes = writes_;
-            const Time until = prepare(reads, writes);
-            wait_ready(max_fd_, reads, writes, until);
-            now_ = Clock::now();
-            turn(reads, writes);
-        }
-        log(Level::Info, "Worker exiting (pid: %d)", ::getpid());
+        while (status_ == 0 && (runner_.phase != Phase::Down || has_work())) { turn(); }
+        log(Level::Info, "Worker exiting (pid: " + to_string(::getpid()) + ")");
         return status_;
     }
 
@@ -1851,10 +1695,11 @@ private:
     // --- life -------------------------------------------------------------------------------
 
     Error init_process() {
-        log(Level::Info, "Booting worker with pid: %d", ::getpid());
-        FD_ZERO(&reads_);
-        FD_ZERO(&writes_);
-        if (Error error = init_signals()) { return error; }
+        log(Level::Info, "Booting worker with pid: " + to_string(::getpid()));
+        if (Error error = make_pipe(g_self_pipe, true)) { return error; }
+        set_signals({SIGHUP, SIGUSR1, SIGWINCH, SIGTTIN, SIGTTOU, SIGPIPE}, SIG_IGN);
+        set_signals({SIGTERM, SIGUSR2, SIGINT, SIGQUIT, SIGCHLD}, on_signal);
+        block_signals(false);
         watch(g_self_pipe.first.get(), true, false);
         max_fd_ = std::max(max_fd_, queue_.second.get());
         for (const Listener& each : listeners_) { max_fd_ = std::max(max_fd_, each.fd.get()); }
@@ -1862,79 +1707,50 @@ private:
         return boot_runner();
     }
 
-    static Error init_signals() {
-        for (const int number : {SIGHUP, SIGUSR1, SIGWINCH, SIGTTIN, SIGTTOU, SIGPIPE}) {
-            set_signal(number, SIG_IGN);
-        }
-        const Error error = open_self_pipe({SIGTERM, SIGUSR2, SIGINT, SIGQUIT, SIGCHLD});
-        block_signals(false);
-        return error;
-    }
-
-    /// Beats the heart: once a second, or twice in `timeout` where that is shorter.
+    /// Beats the heart: the file's mode alternates, the arbiter reads its ctime. Bit 2: booted.
     void notify() {
         spinner_ = !spinner_;
-        notify_file(tmp_, booted_, spinner_);
-        const auto half = std::chrono::milliseconds(config_.timeout) / 2;
-        next_notify_ = now_ + (half > 0ms && half < 1s ? half : std::chrono::milliseconds(1s));
+        ::fchmod(tmp_.get(), static_cast<mode_t>((booted_ ? 2 : 0) + (spinner_ ? 1 : 0)));
+        next_notify_ = now_ + (config_.timeout == 1s ? 500ms : 1000ms);
     }
 
     /// Whether a runner is still wanted.
     bool has_work() const {
-        return !quick_ && (!stopping_ || connected_ > 0 ||
-                           (draining_ && !dismissed_ && !queue_is_empty()));
+        return stop_ < Stop::Leave || (stop_ < Stop::Now &&
+               (connected_ > 0 || (stop_ == Stop::Drain && !dismissed_ && !queue_is_empty())));
     }
 
     void handle_signals() {
         for (int number; (number = next_signal()) >= 0;) {
             if (number == SIGCHLD) { reap_runner(); }
-            draining_ = draining_ || number == SIGUSR2;
-            if (number == SIGTERM || number == SIGUSR2) { stop(); }
-            if (number == SIGINT || number == SIGQUIT) { stop_now(); }
+            if (number == SIGTERM) { stop(Stop::Leave); }
+            if (number == SIGUSR2) { stop(Stop::Drain); }
+            if (number == SIGINT || number == SIGQUIT) { stop(Stop::Now); }
         }
     }
 
-    /// Graceful: what has been accepted is served, also by the kernel; then the listeners close.
-    void stop() {
-        if (std::exchange(stopping_, true)) { return; }
-        if (booted_) { accept_clients(config_.backlog); }
+    /// Unless it is now, what has been accepted is served, also by the kernel.
+    void stop(Stop how) {
+        const bool first = stop_ == Stop::No;
+        stop_ = std::max(stop_, how);
+        for (const Listener& each : listeners_) {
+            for (int i = 0; booted_ && stop_ != Stop::Now && i < config_.backlog; ++i) {
+                if (!accept_client(each)) { break; }
+            }
+        }
         listeners_.clear();
         for (const auto& c : connections_) {
-            if (!c || c->state != State::ReadHead || !c->in.empty()) { continue; }
+            if (!first || !c || c->state != State::ReadHead || !c->silent) { continue; }
             c->deadline = std::min(c->deadline, now_ + 1s);  // silent, but perhaps on its way
         }
-        next_tick_ = now_;
-    }
-
-    void stop_now() {
-        stopping_ = quick_ = true;
-        listeners_.clear();
     }
 
     // --- the loop ---------------------------------------------------------------------------
 
-    /// Completes the sets with what depends on the runner, and says when to wake at the latest.
-    Time prepare(fd_set& reads, fd_set& writes) {
-        Time until = std::min({next_tick_, next_notify_, ready_.empty() ? next_tick_ : next_pass_});
-        if (runner_.from && !stalled()) { FD_SET(runner_.from.get(), &reads); }
-        if (runner_.to && (!runner_.outgoing.empty() || runner_.body.size() > 0)) {
-            FD_SET(runner_.to.get(), &writes);
-        }
-        if (runner_.phase == Phase::Idle) {
-            ahead_ = 0;
-            const bool room = connected_ <= config_.worker_connections || find_victim() != nullptr;
-            if (room && takes_from_queue()) { FD_SET(queue_.second.get(), &reads); }
-        }
-        // A busy worker leaves connections to idle ones for a while: or all would wake for one.
-        const Time accept_at = std::max(accept_again_, runner_.since + kAcceptDelay);
-        const bool wait = runner_.phase == Phase::Busy && now_ < accept_at;
-        for (const Listener& each : listeners_) {
-            if (booted_ && !wait && now_ >= accept_again_) { FD_SET(each.fd.get(), &reads); }
-        }
-        return wait ? std::min(until, accept_at) : until;
-    }
-
-    void turn(const fd_set& reads, const fd_set& writes) {
+    void turn() {
+        fd_set reads = reads_, writes = writes_;
+        wait_ready(max_fd_, reads, writes, prepare(reads, writes));
+        now_ = Clock::now();
         const auto is_set = [](const Fd& fd, const fd_set& set) {
             return fd && FD_ISSET(fd.get(), &set);
         };
@@ -1946,39 +1762,44 @@ private:
         }
         for (int fd = 0; fd <= max_fd_; ++fd) {
             const bool readable = FD_ISSET(fd, &reads), writable = FD_ISSET(fd, &writes);
-            Connection* c = connections_[fd].get();
-            if (c == nullptr || !(readable || writable)) { continue; }
+            Connection* c = readable || writable ? connections_[fd].get() : nullptr;
+            if (c == nullptr) { continue; }
             if (writable) { flush(*c); }
-            if (readable) { read_client(*c); }
+            if (readable && c->state != State::Done) { read_client(*c); }
             settle(*c);
         }
         for (const Listener& each : listeners_) {
-            if (runner_.phase == Phase::Idle || !is_set(each.fd, reads)) { continue; }
-            accept_clients(16);
-            break;
+            if (runner_.phase != Phase::Idle && is_set(each.fd, reads)) { accept_clients(); }
         }
         run_ahead();
-        if (now_ >= next_pass_) { pass_on(); }
-        if (now_ >= next_notify_) { notify(); }
+        pass_on();
         if (now_ >= next_tick_) { tick(); }
-        if (runner_.to && !has_work()) {  // it leaves as any Python program does, or is killed
-            dismissed_ = true;
-            runner_.to.reset();
-            runner_.phase = Phase::Dying;
-            kill_runner_after(quick_    ? Clock::duration(kKillDelay / 2)
-                              : booted_ ? Clock::duration(config_.graceful_timeout)
-                                        : Clock::duration(0));
+    }
+
+    /// Completes the sets with what depends on the runner, and says when to wake at the latest.
+    Time prepare(fd_set& reads, fd_set& writes) {
+        if (runner_.from && !stalled()) { FD_SET(runner_.from.get(), &reads); }
+        if (runner_.to && runner_.out.size() > 0) { FD_SET(runner_.to.get(), &writes); }
+        const bool room = connected_ <= config_.worker_connections || find_victim() != nullptr;
+        if (runner_.phase == Phase::Idle && room && takes_from_queue()) {
+            FD_SET(queue_.second.get(), &reads);
         }
+        // A busy worker leaves connections to idle ones for a while: or all would wake for one.
+        const bool busy = runner_.phase == Phase::Busy;
+        const Time accept_at = std::max(accept_again_, busy ? runner_.since + kAcceptDelay : now_);
+        for (const Listener& each : listeners_) {
+            if (booted_ && now_ >= accept_at) { FD_SET(each.fd.get(), &reads); }
+        }
+        const Time until = std::min({next_tick_, pass_at()});
+        return booted_ && now_ < accept_at ? std::min(until, accept_at) : until;
     }
 
     /// Gives an idle runner work, and goes on without select() while it answers at once: to yield
     /// the processor to it is cheaper than to sleep and be woken. After some rounds select() has to
     /// look at the ready queue.
     void run_ahead() {
-        for (int round = 0; round < 64; ++round) {
-            if (runner_.phase == Phase::Idle && booted_ && now_ >= accept_again_ && ahead_++ < 8) {
-                accept_clients(16);
-            }
+        for (int round = 0; round < 8; ++round) {
+            if (runner_.phase == Phase::Idle && booted_) { accept_clients(); }
             if (runner_.phase != Phase::Busy || runner_.since != now_) { return; }
             ::sched_yield();
             now_ = Clock::now();
@@ -1986,25 +1807,31 @@ private:
         }
     }
 
-    /// Deadlines of all kinds.
+    /// Whatever has its time.
     void tick() {
-        next_tick_ = now_ + 1s;
-        if (::getppid() != arbiter_pid_) { stop_now(); }
+        if (::getppid() != arbiter_pid_) { stop(Stop::Now); }
+        if (now_ >= next_notify_) { notify(); }
         for (const auto& c : connections_) {
-            if (!c) { continue; }
-            if (now_ >= c->deadline) { expire(*c); }
-            next_tick_ = std::min(next_tick_, c->deadline);
+            if (!c || now_ < c->deadline) { continue; }
+            expire(*c);
             settle(*c);
         }
         if (now_ >= runner_.deadline) { hung_app(); }
         if (now_ >= runner_.kill_at) { signal_runner(SIGKILL); }
         if (runner_.phase == Phase::Down && now_ >= restart_at_ && has_work()) {
-            if (Error error = boot_runner()) { log(Level::Error, "%s", error.text.c_str()); }
+            if (Error error = boot_runner()) { log(Level::Error, error.text); }
         }
         if (runner_.phase != Phase::Idle) { expire_queue(); }
-        for (const Time due : {runner_.deadline, runner_.kill_at, restart_at_}) {
-            if (due > now_) { next_tick_ = std::min(next_tick_, due); }
+        if (runner_.to && !has_work()) {  // it leaves as any Python program does, or is killed
+            dismissed_ = true;
+            runner_.to.reset();
+            runner_.phase = Phase::Dying;
+            kill_runner_after(stop_ == Stop::Now ? Clock::duration(kKillDelay / 2)
+                              : booted_          ? Clock::duration(config_.graceful_timeout)
+                                                 : Clock::duration(0));
         }
+        const bool idle = connected_ == 0 && runner_.phase == Phase::Idle;
+        next_tick_ = idle ? next_notify_ : now_ + kTick;
     }
 
     void watch(int fd, bool read, bool write) {
@@ -2031,30 +1858,27 @@ private:
         }
         c.state = state;
         switch (state) {
-            case State::ReadHead: c.deadline = c.pass.accepted + config_.header_timeout; break;
-            case State::ReadBody: c.deadline = patience; break;
+            case State::ReadHead: c.deadline = now_ + config_.header_timeout; break;
+            case State::ReadBody:
             case State::Ready:
-                c.deadline = config_.timeout > 0s ? c.pass.started + config_.timeout : patience;
-                break;
-            case State::Run: c.deadline = Time::max(); break;  // the runner's counts
             case State::Reply: c.deadline = patience; break;
             case State::Linger: c.deadline = now_ + kLingerSilence; break;
+            case State::Run:  // the runner has one
             case State::Done: c.deadline = Time::max(); break;
         }
-        next_tick_ = std::min(next_tick_, c.deadline);
     }
 
     /// What becomes of a connection whose time is up.
     void expire(Connection& c) {
         switch (c.state) {
             case State::ReadHead:
-                if (c.in.empty()) { return set_state(c, State::Done); }
+                if (c.silent) { return set_state(c, State::Done); }
                 return refuse(c, {408, "the head of the request took too long"});
             case State::ReadBody: return refuse(c, {408, "the body of the request stopped coming"});
             case State::Ready: return refuse(c, {503, "no runner was to be had"});
             case State::Reply:
                 if (c.out.size() == 0) { return set_state(c, State::Reply); }
-                log(Level::Info, "The client took nothing: %s", escape(c.request_line()).c_str());
+                log(Level::Info, "The client took nothing: " + escape(c.request_line()));
                 return client_gone(c);
             case State::Linger: return set_state(c, State::Done);
             case State::Run:
@@ -2064,55 +1888,55 @@ private:
 
     // --- clients ----------------------------------------------------------------------------
 
-    /// accept4() where it exists: one system call instead of three.
-    static Fd accept_socket(int listener, sockaddr_storage& peer) {
-        socklen_t size = sizeof peer;
-        const auto address = reinterpret_cast<sockaddr*>(&peer);
-#ifdef SOCK_CLOEXEC
-        return Fd(::accept4(listener, address, &size, SOCK_CLOEXEC | SOCK_NONBLOCK));
-#else
-        Fd fd(::accept(listener, address, &size));
-        if (fd) { set_flags(fd.get(), true); }
-        return fd;
-#endif
-    }
-
-    /// Accepts up to `most` connections from each listener; but for an idle runner no more than it
-    /// takes to make it busy: the rest is for the other workers.
-    void accept_clients(int most) {
-        const bool idle = runner_.phase == Phase::Idle && !stopping_;
-        for (const Listener& listener : listeners_) {
-            for (int i = 0; i < most && !(idle && runner_.phase == Phase::Busy); ++i) {
-                const bool full = connected_ >= config_.worker_connections;
-                if (full && find_victim() == nullptr) { return pause_accepting(); }
-                sockaddr_storage peer{};
-                Fd fd = accept_socket(listener.fd.get(), peer);
-                if (!fd && (errno == EINTR || errno == ECONNABORTED)) { continue; }
-                if (!fd && !would_block()) {
-                    const int problem = errno;
-                    log(Level::Error, "cannot accept: %s", std::strerror(problem));
-                    if (problem == EMFILE || problem == ENFILE) { shed(); }
-                    return pause_accepting();
-                }
-                if (fd && full) { shed(); }
-                Connection* c = fd ? adopt(std::move(fd)) : nullptr;
-                if (c == nullptr) { break; }
-                std::tie(c->ends.peer, c->ends.peer_port) = address_text(peer);
-                std::tie(c->ends.server, c->ends.server_port) =
-                    listener.wildcard ? address_text(socket_name(c->socket.get()))
-                                      : std::make_pair(listener.host, listener.port);
-                c->pass.accepted = now_;
-                set_state(*c, State::ReadHead);
-                read_client(*c);
-                settle(*c);
+    /// Some from each listener; but for an idle runner no more than it takes to make it busy: the
+    /// rest is for the other workers.
+    void accept_clients() {
+        const bool idle = runner_.phase == Phase::Idle;
+        for (size_t n = listeners_.size(); n > 0 && now_ >= accept_again_; --n) {
+            const Listener& listener = listeners_[turn_++ % listeners_.size()];
+            for (int i = 0; i < 16 && !(idle && runner_.phase == Phase::Busy); ++i) {
+                if (!accept_client(listener)) { break; }
             }
         }
     }
 
-    /// No spin around a listener that cannot be served until something is freed.
-    void pause_accepting() {
-        accept_again_ = now_ + 100ms;
-        next_tick_ = std::min(next_tick_, accept_again_);
+    /// False: nobody waits at this listener, or nobody can be taken in; then it is left alone for a
+    /// moment, so as not to spin around it.
+    bool accept_client(const Listener& listener) {
+        const bool full = connected_ >= config_.worker_connections;
+        const bool room = !full || find_victim() != nullptr;
+        sockaddr_storage peer{};
+        socklen_t size = sizeof peer;
+        const auto address = reinterpret_cast<sockaddr*>(&peer);
+#ifdef SOCK_CLOEXEC
+        Fd fd(room ? ::accept4(listener.fd.get(), address, &size, SOCK_CLOEXEC | SOCK_NONBLOCK) : -1);
+#else
+        Fd fd(room ? ::accept(listener.fd.get(), address, &size) : -1);
+        if (fd) { set_flags(fd.get(), true); }
+#endif
+        if (!fd && room && (would_block() || errno == EINTR || errno == ECONNABORTED)) {
+            return !would_block();
+        }
+        if (!fd) {
+            if (room) { log(Level::Error, os_error("cannot accept").text); }
+            if (room) { shed(); }
+            accept_again_ = now_ + kTick;
+            return false;
+        }
+        if (full) { shed(); }
+        Connection* c = adopt(std::move(fd));
+        if (c == nullptr) { return false; }
+        address_text(peer, c->ends.peer, c->ends.peer_port);
+        c->ends.server = listener.host;
+        c->ends.server_port = listener.port;
+        if (listener.wildcard) {
+            address_text(socket_name(c->socket.get()), c->ends.server, c->ends.server_port);
+        }
+        c->pass.accepted = now_;
+        set_state(*c, State::ReadHead);
+        read_client(*c);
+        settle(*c);
+        return true;
     }
 
     /// The one door for sockets that select() will see; null for a descriptor beyond its reach.
@@ -2122,6 +1946,7 @@ private:
         connections_[number] = std::make_unique<Connection>(config_);
         connections_[number]->socket = std::move(fd);
         ++connected_;
+        next_tick_ = std::min(next_tick_, now_ + kTick);
         return connections_[number].get();
     }
 
@@ -2142,7 +1967,7 @@ private:
     bool shed() {
         Connection* victim = find_victim();
         if (victim == nullptr) { return false; }
-        if (victim->state == State::ReadBody || !victim->in.empty()) {
+        if (victim->state != State::Linger && !victim->silent) {
             refuse(*victim, {503, "too many connections"});
             (void)read_some(victim->socket, buffer_, kPiece);  // unread bytes would reset it
         }
@@ -2153,82 +1978,75 @@ private:
 
     /// Reads what a client sent, and lets its state say what that means.
     void read_client(Connection& c) {
-        const ssize_t n = c.state == State::Done ? 0 : read_some(c.socket, buffer_, kPiece);
+        const ssize_t n = read_some(c.socket, buffer_, kPiece);
         if (n < 0) { return would_block() ? void() : client_gone(c); }
         c.pass.eof = n == 0;  // a half-close: the client still gets its answer
-        switch (c.state) {
-            case State::ReadHead: c.in.append(buffer_, static_cast<size_t>(n)); return read_head(c);
-            case State::ReadBody: c.in.append(buffer_, static_cast<size_t>(n)); return read_body(c);
-            case State::Ready:
-            case State::Run:
-            case State::Reply: c.pass.more = c.pass.more || n > 0; return;
-            case State::Linger: {
-                const bool over = c.pass.eof || now_ >= c.pass.started + kLingerTotal;
-                return set_state(c, over ? State::Done : State::Linger);
-            }
-            case State::Done: return;
+        c.silent = c.silent && n == 0;
+        if (c.state <= State::ReadBody) {
+            c.in.append(buffer_, static_cast<size_t>(n));
+            return parse(c);
         }
+        c.pass.more = c.pass.more || n > 0;
+        if (c.state != State::Linger) { return; }
+        const bool over = c.pass.eof || now_ >= c.pass.started + kLingerTotal;
+        set_state(c, over ? State::Done : State::Linger);
     }
 
-    void read_head(Connection& c) {
-        const Parse parsed = c.parser.parse(c.in, c.request);
-        if (!c.request.path.empty()) { c.pass.minor = c.request.minor; }
-        c.pass.bodyless = c.request.method == "HEAD";
-        if (parsed == Parse::Bad) { return refuse(c, c.parser.error()); }
-        if (parsed == Parse::NeedMore && c.pass.eof) {
-            if (c.in.empty()) { return set_state(c, State::Done); }
-            return refuse(c, {400, "the head ends early"});
+    /// Head and body, as far as they have come.
+    void parse(Connection& c) {
+        string_view in = c.in, piece;
+        Parse parsed;
+        while ((parsed = c.parser.next(in, piece)) == Parse::Head || parsed == Parse::Data) {
+            parsed == Parse::Head ? take_head(c, !in.empty()) : c.body.append(piece, kPiece);
+            if (c.state != State::ReadBody) { return; }
         }
-        if (parsed == Parse::NeedMore) { return; }
-        const Request request = std::move(c.request);
+        if (parsed != Parse::Bad) { c.in.erase(0, c.in.size() - in.size()); }
+        if (parsed == Parse::Bad) { return refuse(c, c.parser.error); }
+        if (too_large(c.body.size())) { return refuse(c, {413, "the body is too large"}); }
+        if (c.body.failed()) { return refuse(c, {507, "no room on disk for the body"}); }
+        if (parsed == Parse::Done) { return ready(c); }
+        if (c.pass.eof && c.silent) { return set_state(c, State::Done); }
+        if (c.pass.eof) { return refuse(c, {400, "the request ends early"}); }
+        if (c.state == State::ReadBody) { set_state(c, State::ReadBody); }
+    }
+
+    void take_head(Connection& c, bool has_more) {
+        const Request& request = c.parser.request;
+        c.pass.minor = request.minor;
+        c.pass.bodyless = request.method == "HEAD";
         c.env = make_environ(request, c.ends);
-        c.in.erase(0, c.parser.size());
-        c.reader.start(request);
         set_state(c, State::ReadBody);
         if (too_large(request.length)) { return refuse(c, {413, "the body is too large"}); }
-        if (request.expect_continue && c.in.empty() && (request.chunked || request.length > 0)) {
+        if (request.expect_continue && !has_more && (request.chunked || request.length > 0)) {
             c.out.append("HTTP/1.1 100 Continue\r\n\r\n", kReplyMemory);
             flush(c);
         }
-        if (c.state == State::ReadBody) { read_body(c); }
     }
 
     bool too_large(int64_t body) const {
         return config_.limit_request_body > 0 && body > config_.limit_request_body;
     }
 
-    void read_body(Connection& c) {
-        string_view in = c.in, piece;
-        Parse parsed = Parse::NeedMore;
-        do {
-            parsed = c.reader.next(in, piece);
-            c.body.append(piece, kPiece);
-        } while (parsed == Parse::NeedMore && !piece.empty());
-        c.in.erase(0, c.in.size() - in.size());
-        if (parsed == Parse::Bad) { return refuse(c, c.reader.error()); }
-        if (too_large(c.body.size())) { return refuse(c, {413, "the body is too large"}); }
-        if (c.body.failed()) { return refuse(c, {507, "no room on disk for the body"}); }
-        if (parsed == Parse::Done) { return ready(c); }
-        if (c.pass.eof) { return refuse(c, {400, "the body ends early"}); }
-        set_state(c, State::ReadBody);
-    }
-
     /// The request is complete: it runs at once, or waits, here for a moment or in the queue.
     void ready(Connection& c) {
-        if (c.reader.chunked()) { c.env.insert(sizeof "CONTENT_LENGTH", to_string(c.body.size())); }
+        if (c.parser.request.chunked) {
+            c.env.insert(sizeof "CONTENT_LENGTH", to_string(c.body.size()));
+        }
         c.pass.more = !c.in.empty();
         c.in = string();
         c.pass.started = now_;
         set_state(c, State::Ready);
-        if (runner_.phase == Phase::Idle) { return dispatch(c); }
-        ready_.push_back(&c);
-        next_pass_ = std::min(next_pass_, now_ + 1ms);
+        runner_.phase == Phase::Idle ? dispatch(c) : ready_.push_back(&c);
     }
 
     /// Answers in the server's own name, whatever became of the request.
     void refuse(Connection& c, const Error& error) {
-        log(error.code < 500 ? Level::Warning : Level::Error, "%d to %s: %s: %s", error.code,
-            c.ends.peer.c_str(), error.text.c_str(), escape(c.request_line()).c_str());
+        log(error.code < 500 ? Level::Warning : Level::Error,
+            to_string(error.code) + " to " + c.ends.peer + ": " + error.text + ": " +
+                escape(c.request_line()));
+        const Request& request = c.parser.request;  // perhaps only part of one
+        c.pass.minor = std::max(c.pass.minor, request.minor);
+        c.pass.bodyless = c.pass.bodyless || request.method == "HEAD";
         string body;
         c.response = error_response(error.code, body);
         c.head = final_head(c.response, c.pass.minor, false);
@@ -2273,11 +2091,10 @@ private:
 
     /// A reset or a failed write: nobody is there to be answered.
     void client_gone(Connection& c) {
-        const bool silent = c.state == State::ReadHead && c.in.empty();
-        if (c.state != State::Linger && !silent) {
+        if (c.state != State::Linger && !c.silent) {
             write_access(c, c.response.status != 0 ? c.response.status : 499);
         }
-        if (runner_.current == &c) { abandon(c); }
+        if (runner_.current == &c) { abandon(); }
         set_state(c, State::Done);
     }
 
@@ -2285,63 +2102,66 @@ private:
         if (!g_log.access_file) { return; }
         const Time start = c.pass.started != Time{} ? c.pass.started : c.pass.accepted;
         const int64_t bytes = std::max<int64_t>(c.body_bytes - c.out.size(), 0);  // less if cut
-        const auto took = std::chrono::ceil<std::chrono::microseconds>(Clock::now() - start);
+        const auto took = std::chrono::ceil<microseconds>(Clock::now() - start);
         const Access access{c.env, c.head, c.request_line(), c.ends.peer, status, bytes, took};
         (void)write_all(g_log.access_file, access_line(config_.access_log_format, access));
     }
 
     // --- the ready queue --------------------------------------------------------------------
 
-    /// Sends requests that have waited long enough to whichever worker has an idle runner first.
-    /// A head too large for a datagram stays, and waits for the runner of this worker.
+    /// When the first of those that wait here goes to the queue: after 1 ms; or, as long as the
+    /// runner gets through its requests quicker than that, after 10 ms.
+    Time pass_at() const {
+        if (ready_.empty()) { return Time::max(); }
+        const Time since = ready_.front()->pass.started;
+        const Time quick = std::max(since, std::min(runner_.since, since + 9ms)) + 1ms;
+        return std::max(queue_again_, quick);
+    }
+
+    /// Sends them to whichever worker has an idle runner first. A head too large for a datagram
+    /// stays, behind the others, and waits for the runner of this worker.
     void pass_on() {
-        next_pass_ = Time::max();
-        for (size_t i = 0; i < ready_.size();) {
-            Connection& c = *ready_[i];
-            // As long as the runner gets through its requests quickly, waiting here is quicker.
-            const Time since = c.pass.started;
-            next_pass_ = std::max(since, std::min(runner_.since, since + 9ms)) + 1ms;
-            if (now_ < next_pass_) { return; }
+        for (size_t tries = ready_.size(); tries > 0 && now_ >= pass_at(); --tries) {
+            Connection& c = *ready_.front();
             c.pass.stored = c.body.stored();
             c.pass.env_size = c.env.size();
             string message(reinterpret_cast<const char*>(&c.pass), sizeof c.pass);
-            message += c.env;
-            if (c.body.memory() > 0) { message += c.body.front(); }
-            std::vector<int> fds{c.socket.get()};
-            if (c.pass.stored > 0) { fds.push_back(c.body.file().get()); }
-            next_pass_ = now_ + 10ms;
-            if (send_message(queue_.first.get(), message, fds)) {
+            (message += c.env) += c.body.newest();
+            const int socket = c.socket.get(), file = c.body.file().get();
+            int fds[] = {socket, file < 0 ? socket : file};  // always two; one may be a mere copy
+            if (exchange_message(queue_.first, true, message.data(), message.size(), fds) >= 0) {
                 set_state(c, State::Done);
                 settle(c);
-            } else if (errno == EMSGSIZE) {
-                ++i;
-            } else {
-                return;
+                continue;
             }
+            queue_again_ = now_ + 10ms;
+            if (errno == EMSGSIZE) { std::rotate(ready_.begin(), ready_.begin() + 1, ready_.end()); }
         }
     }
 
     /// A worker that leaves alone, or makes way for a new one, leaves the queue to the others.
-    bool takes_from_queue() const { return !stopping_ || draining_; }
+    bool takes_from_queue() const { return stop_ != Stop::Leave; }
 
     /// The request that has waited longest in the queue, null if there is none to be had.
     Connection* take_from_queue() {
         // One more than the limit: a descriptor that finds no room is lost with its request.
         while (takes_from_queue() && (connected_ <= config_.worker_connections || shed())) {
-            std::vector<Fd> fds;
-            const ssize_t n = receive_message(queue_.second.get(), buffer_, sizeof buffer_, fds);
-            if (n < static_cast<ssize_t>(sizeof(Passport)) || fds.empty()) { return nullptr; }
-            Connection* c = adopt(std::move(fds[0]));
+            int fds[2] = {-1, -1};
+            const ssize_t n = exchange_message(queue_.second, false, buffer_, kMaxMessage, fds);
+            if (n < 0) { return nullptr; }
+            for (const int fd : fds) { set_flags(fd, false); }
+            Fd file(fds[1]);
+            Connection* c = adopt(Fd(fds[0]));
             if (c == nullptr) { return nullptr; }
-            std::memcpy(&c->pass, buffer_, sizeof c->pass);
             string_view data(buffer_, static_cast<size_t>(n));
+            std::memcpy(&c->pass, data.data(), sizeof c->pass);
             data.remove_prefix(sizeof c->pass);
             c->env = data.substr(0, c->pass.env_size);
+            if (c->pass.stored > 0) { c->body.adopt_file(raise_fd(std::move(file)), c->pass.stored); }
             c->body.append(data.substr(c->env.size()), data.size());
-            if (fds.size() > 1) { c->body.adopt_file(raise_fd(std::move(fds[1])), c->pass.stored); }
             c->ends.peer = lookup(c->env, "REMOTE_ADDR");
             set_state(*c, State::Ready);
-            if (now_ >= c->deadline) { expire(*c); }
+            if (config_.timeout > 0s && now_ >= c->pass.started + config_.timeout) { expire(*c); }
             if (c->state == State::Ready && !c->pass.eof) { read_client(*c); }  // has it gone?
             if (c->state == State::Ready) { return c; }
             settle(*c);
@@ -2361,7 +2181,6 @@ private:
                ::recv(queue_.second.get(), &pass, sizeof pass, MSG_PEEK | MSG_DONTWAIT) > 0 &&
                now_ >= pass.started + config_.timeout) {
             if (Connection* c = take_from_queue()) { ready_.push_back(c); }
-            next_pass_ = now_;
         }
     }
 
@@ -2371,16 +2190,11 @@ private:
 
     void dispatch(Connection& c) {
         set_state(c, State::Run);
-        runner_.outgoing = to_string(c.env.size()) + ":" + c.env + ",";
-        runner_.body = std::move(c.body);
-        if (runner_.body.memory() > 0) {
-            const string_view part = runner_.body.front();
-            runner_.outgoing += part;
-            runner_.body.pop(part.size());
-        }
+        runner_.out = std::exchange(c.body, Spool());
+        runner_.out.prepend(to_string(c.env.size()) + ":" + c.env + ",");
         runner_.current = &c;
         runner_.phase = Phase::Busy;
-        runner_.answered = runner_.tell_gone = false;
+        runner_.answered = false;
         runner_.since = now_;
         extend_deadline();
         feed_runner();
@@ -2389,25 +2203,19 @@ private:
     /// A sign of life: the application gets `timeout` seconds from now.
     void extend_deadline() {
         runner_.deadline = config_.timeout > 0s ? now_ + config_.timeout : Time::max();
-        next_tick_ = std::min(next_tick_, runner_.deadline);
     }
 
     void feed_runner() {
-        while (runner_.to) {
-            const bool all = runner_.outgoing.empty() && runner_.body.size() == 0;
-            if (all && !std::exchange(runner_.tell_gone, false)) { return become_idle(); }
-            if (all) { runner_.outgoing = "0:,"; }
-            const bool head = !runner_.outgoing.empty();
-            const string_view data = head ? runner_.outgoing : runner_.body.front();
-            const ssize_t n = write_some(runner_.to, data);
-            if (n < 0 && !would_block()) {  // it ends; but it may have answered
+        while (runner_.to && runner_.out.size() > 0) {
+            const ssize_t n = write_some(runner_.to, runner_.out.front());
+            if (n < 0 && would_block()) { return; }
+            if (n < 0) {  // it ends; but it may have answered
                 runner_.to.reset();
-                kill_runner_after(1s);
+                return kill_runner_after(1s);
             }
-            if (n < 0) { return; }
-            head ? void(runner_.outgoing.erase(0, static_cast<size_t>(n)))
-                 : runner_.body.pop(static_cast<size_t>(n));
+            runner_.out.pop(static_cast<size_t>(n));
         }
+        become_idle();
     }
 
     /// Reads once what the runner says; false where there is nothing more to read.
@@ -2415,16 +2223,16 @@ private:
         using Event = NetstringReader::Event;
         const ssize_t n = read_some(runner_.from, buffer_, kPiece);
         if (n < 0 && would_block()) { return false; }
-        if (n <= 0) { return lose_runner(), false; }
+        if (n <= 0) { return lose_runner(1s), false; }
         if (runner_.phase == Phase::Busy) { extend_deadline(); }
         string_view in(buffer_, static_cast<size_t>(n)), piece;
         for (Event event; (event = runner_.reader.next(in, piece)) != Event::NeedMore;) {
             const bool last = event == Event::End || event == Event::Failed;
             const bool quiet = runner_.phase == Phase::Booting || runner_.phase == Phase::Idle;
             if (event == Event::Bad || (last && !in.empty()) || (quiet && event != Event::End)) {
-                log(Level::Error, "Runner (pid:%d) broke the protocol", runner_.pid);
+                log(Level::Error, "Runner (pid:" + to_string(runner_.pid) + ") broke the protocol");
                 signal_runner(SIGKILL);
-                return lose_runner(), false;
+                return lose_runner(1s), false;
             }
             if (last) { end_reply(event == Event::End); }
             if (event == Event::Piece && runner_.current != nullptr) {
@@ -2441,23 +2249,20 @@ private:
     /// A piece of the response. The application's head is checked before anything is sent.
     void take_reply(Connection& c, string_view piece) {
         if (c.response.status != 0) { return reply_body(c, piece); }
-        if (!c.app_head.empty()) { piece = c.app_head += piece; }
-        const size_t end = piece.find("\n\n");
-        if (end == string::npos && piece.size() <= kMaxHead) {
-            if (c.app_head.empty()) { c.app_head = piece; }
-            return;
-        }
+        c.app_head += piece;
+        const size_t end = c.app_head.find("\n\n");
+        if (end == string::npos && c.app_head.size() <= kMaxHead) { return; }
+        Response& r = c.response;
         Error error{500, "a head without end"};
-        if (end != string::npos) { error = parse_response(piece.substr(0, end + 1), c.response); }
+        if (end != string::npos) { error = parse_response(c.app_head.substr(0, end + 1), r); }
         if (error) {
-            abandon(c);
+            abandon();
             refuse(c, {500, "the application sent " + error.text});
             return settle(c);
         }
-        const Response& r = c.response;
         if (!r.dropped.empty()) {
-            log(Level::Warning, "Dropped what the application may not set: %s: %s",
-                r.dropped.c_str(), escape(c.request_line()).c_str());
+            log(Level::Warning, "Dropped what the application may not set: " + r.dropped + ": " +
+                                    escape(c.request_line()));
         }
         c.pass.bodyless = c.pass.bodyless || r.status == 204 || r.status == 304;
         c.left = c.pass.bodyless ? -1 : r.length;
@@ -2465,7 +2270,7 @@ private:
         c.head = final_head(r, c.pass.minor, c.chunked);
         c.out.append(c.head, kReplyMemory);
         set_state(c, State::Reply);
-        reply_body(c, piece.substr(end + 2));
+        reply_body(c, string_view(c.app_head).substr(end + 2));
     }
 
     void reply_body(Connection& c, string_view piece) {
@@ -2474,21 +2279,20 @@ private:
             const string_view fits = piece.substr(0, static_cast<size_t>(c.left));
             c.left -= static_cast<int64_t>(fits.size());
             if (fits.size() < piece.size() && !std::exchange(c.too_long, true)) {
-                log(Level::Error, "The response is longer than its Content-Length: %s",
-                    escape(c.request_line()).c_str());
+                log(Level::Error,
+                    "The response is longer than its Content-Length: " + escape(c.request_line()));
             }
             piece = fits;
         }
         if (piece.empty()) { return; }
         c.body_bytes += static_cast<int64_t>(piece.size());
         const size_t limit = reply_memory_ < kWorkerMemory ? kReplyMemory : 0;
-        if (c.chunked) {
-            char size[20];
-            std::snprintf(size, sizeof size, "%zx\r\n", piece.size());
-            c.out.append(size, limit);
-        }
+        if (!c.chunked) { return c.out.append(piece, limit); }
+        char size[20];
+        std::snprintf(size, sizeof size, "%zx\r\n", piece.size());
+        c.out.append(size, kReplyMemory);
         c.out.append(piece, limit);
-        if (c.chunked) { c.out.append("\r\n", limit); }
+        c.out.append("\r\n", kReplyMemory);
     }
 
     /// The runner has said all it has to say about this request, or that it is ready.
@@ -2502,49 +2306,39 @@ private:
             return next_request();
         }
         runner_.answered = true;
-        runner_.tell_gone = false;
         if (good) { failures_ = 0; }
-        if (Connection* c = std::exchange(runner_.current, nullptr)) {
-            const bool cut = good && c->left > 0;
-            if (!good || cut) {
-                log(Level::Error, "%s: %s", cut ? "The response is shorter than its Content-Length"
-                                                : "Error handling request",
-                    escape(c->request_line()).c_str());
-            }
-            if (good && c->chunked) { c->out.append("0\r\n\r\n", kReplyMemory); }
-            if (runner_.body.size() > 0) { runner_.request = c->request_line(); }
-            become_idle();  // the runner has its next request before this client its response
-            return end_response(*c, good && !cut, {500, "the application failed"});
+        Connection* c = std::exchange(runner_.current, nullptr);
+        if (c != nullptr && runner_.out.size() > 0) { runner_.request = c->request_line(); }
+        become_idle();  // the runner has its next request before this client its response
+        if (c == nullptr) { return; }
+        const bool cut = good && c->left > 0;
+        if (!good || cut) {
+            log(Level::Error, (cut ? "The response is shorter than its Content-Length: "
+                                   : "Error handling request: ") + escape(c->request_line()));
         }
-        become_idle();
+        if (good && c->chunked) { c->out.append("0\r\n\r\n", kReplyMemory); }
+        end_response(*c, good && !cut, {500, "the application failed"});
     }
 
     /// No more will come of this response; `error` is the answer if nothing has come.
     void end_response(Connection& c, bool good, const Error& error) {
-        if (c.response.status == 0) {
-            refuse(c, error);
-        } else {
-            c.broken = !good;
-            c.complete = true;
-            flush(c);
-        }
+        c.broken = !good;
+        c.complete = true;
+        c.response.status == 0 ? refuse(c, error) : flush(c);
         settle(c);
     }
 
     /// Nobody waits for the response any more: the runner is told so.
-    void abandon(Connection& c) {
-        runner_.request = c.request_line();
-        runner_.current = nullptr;
-        runner_.tell_gone = true;
+    void abandon() {
+        runner_.request = std::exchange(runner_.current, nullptr)->request_line();
+        runner_.out.append("0:,", kPiece);
         feed_runner();
     }
 
     /// The slot is free once the response has ended and the request has gone out entirely.
     void become_idle() {
-        if (runner_.phase != Phase::Busy || !runner_.to || !runner_.answered ||
-            !runner_.outgoing.empty() || runner_.body.size() > 0) {
-            return;
-        }
+        const bool busy = runner_.phase != Phase::Busy || !runner_.answered;
+        if (busy || !runner_.to || runner_.out.size() > 0) { return; }
         runner_.phase = Phase::Idle;
         runner_.deadline = Time::max();
         next_request();
@@ -2557,18 +2351,17 @@ private:
         dispatch(c != nullptr ? *c : *ready_.front());
     }
 
-    /// A pipe broke: waitpid() will tell why, or the runner has no business any more.
-    void lose_runner() {
+    /// A pipe is of no use any more: the runner has to go, if need be by SIGKILL.
+    void lose_runner(Clock::duration patience) {
         runner_.to.reset();
         runner_.from.reset();
         runner_.deadline = Time::max();
         runner_.phase = Phase::Dying;
-        kill_runner_after(1s);
+        kill_runner_after(patience);
     }
 
     void kill_runner_after(Clock::duration delay) {
         runner_.kill_at = std::min(runner_.kill_at, now_ + delay);
-        next_tick_ = std::min(next_tick_, runner_.kill_at);
     }
 
     /// SIGKILL is for whatever the application has forked, too.
@@ -2582,12 +2375,11 @@ private:
     void hung_app() {
         if (stalled()) { return extend_deadline(); }  // the client is slow, not the application
         Connection* c = std::exchange(runner_.current, nullptr);
-        log(Level::Critical, "WORKER TIMEOUT (pid:%d): no answer for %s s: %s", runner_.pid,
-            get<&Config::timeout>(config_).c_str(),
-            escape(c != nullptr ? c->request_line() : runner_.request).c_str());
+        log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(runner_.pid) + "): no answer for " +
+                                 get<&Config::timeout>(config_) + " s: " +
+                                 escape(c != nullptr ? c->request_line() : runner_.request));
         signal_runner(SIGABRT);
-        kill_runner_after(kKillDelay);
-        lose_runner();
+        lose_runner(kKillDelay);
         if (c != nullptr) { end_response(*c, false, {504, "the application did not answer"}); }
     }
 
@@ -2597,30 +2389,28 @@ private:
         if (runner_.pid < 0 || ::waitpid(runner_.pid, &status, WNOHANG) != runner_.pid) { return; }
         runner_.to.reset();
         while (runner_.from && read_runner()) {}  // what it still said counts
-        Connection* c = std::exchange(runner_.current, nullptr);
-        const Runner gone = std::exchange(runner_, Runner{});
+        const Runner gone = std::exchange(runner_, Runner());
         if (WIFSIGNALED(status)) { ::kill(-gone.pid, SIGKILL); }
         if (has_work() || (status != 0 && gone.signal == 0)) {
-            log(Level::Error, "Runner (pid:%d) %s%s%s", gone.pid, exit_text(status).c_str(),
-                gone.signal != 0 ? ", sent by this server" : "",
-                c != nullptr ? (": " + escape(c->request_line())).c_str() : "");
+            log(Level::Error, "Runner (pid:" + to_string(gone.pid) + ") " + exit_text(status) +
+                                  (gone.signal != 0 ? ", sent by this server" : "") +
+                                  (gone.current != nullptr ? ": " + escape(gone.current->request_line()) : ""));
         }
-        if (c != nullptr) { end_response(*c, false, {502, "the runner died"}); }
+        if (gone.current != nullptr) { end_response(*gone.current, false, {502, "the runner died"}); }
         if (!has_work()) { return; }
         const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
-        if (!booted_) {
-            status_ = code == kWorkerBootError || code >= 126 ? kWorkerBootError : kAppLoadError;
-        }
+        if (!booted_) { status_ = code == 3 || code >= 126 ? kWorkerBootError : kAppLoadError; }
         const int delay = failures_ == 0 ? 0 : std::min(30, 1 << std::min(failures_ - 1, 5));
-        if (++failures_ > 1) { log(Level::Warning, "The next runner starts in %d s", delay); }
+        if (++failures_ > 1) {
+            log(Level::Warning, "The next runner starts in " + to_string(delay) + " s");
+        }
         restart_at_ = now_ + seconds(delay);
-        next_tick_ = std::min(next_tick_, restart_at_);
+        next_tick_ = now_;
     }
 
     Error boot_runner() {
         restart_at_ = now_ + 1s;  // should it fail
         if (Error error = start_runner(config_, runner_, files_)) { return error; }
-        restart_at_ = Time::max();
         max_fd_ = std::max({max_fd_, runner_.to.get(), runner_.from.get()});
         return {};
     }
@@ -2634,15 +2424,15 @@ private:
     const rlim_t files_;
     Runner runner_;
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
-    std::deque<Connection*> ready_;                        // complete, waiting here for a runner
+    std::vector<Connection*> ready_;                       // complete, waiting here for a runner
     int connected_ = 0, failures_ = 0, status_ = 0, max_fd_ = 0;
-    bool booted_ = false, stopping_ = false, quick_ = false, spinner_ = false;
-    int ahead_ = 0;  // connections accepted since the ready queue was last looked at
-    bool draining_ = false, dismissed_ = false;  // all workers stop; the last runner was told to go
+    size_t turn_ = 0;  // the listener to begin with
+    Stop stop_ = Stop::No;
+    bool booted_ = false, spinner_ = false, dismissed_ = false;  // dismissed: the last runner
     size_t reply_memory_ = 0;
-    fd_set reads_, writes_;  // what select() watches for the connections
+    fd_set reads_{}, writes_{};  // what select() watches for the connections
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
-    Time next_pass_ = Time::max(), restart_at_ = Time::max();
+    Time queue_again_ = now_, restart_at_ = now_;
     char buffer_[kMaxMessage];
 };
 
@@ -2670,19 +2460,14 @@ public:
 
     /// Runs the server until it is told to stop; returns the exit status.
     int run() {
-        if (Error error = start()) {
-            log(Level::Critical, "%s", error.text.c_str());
-            return error.code;
-        }
+        if (Error error = start()) { return log(Level::Critical, error.text), error.code; }
         while (!stopping_ || !workers_.empty()) {
             manage_workers();
-            fd_set reads, writes;
-            FD_ZERO(&reads);
-            FD_ZERO(&writes);
+            fd_set reads{}, writes{};
             FD_SET(g_self_pipe.first.get(), &reads);
-            Time until = now_ + (stopping_ || aborting_ ? 100ms : 1000ms);
-            if (spawn_again_ > now_) { until = std::min(until, spawn_again_); }
-            wait_ready(g_self_pipe.first.get(), reads, writes, until);
+            const Time until = now_ + (stopping_ || aborting_ ? kTick : 1000ms);
+            wait_ready(g_self_pipe.first.get(), reads, writes,
+                       spawn_again_ > now_ ? std::min(until, spawn_again_) : until);
             const Time before = std::exchange(now_, Clock::now());
             if (now_ > before + 1500ms) {  // we were stopped: silence of the workers proves nothing
                 for (WorkerInfo& worker : workers_) { worker.last_change = now_; }
@@ -2693,7 +2478,7 @@ public:
         }
         unlink_sockets(listeners_);
         log(Level::Info, "Shutting down: Master");
-        if (!reason_.empty()) { log(Level::Error, "Reason: %s", reason_.c_str()); }
+        if (!reason_.empty()) { log(Level::Error, "Reason: " + reason_); }
         return status_;
     }
 
@@ -2701,15 +2486,17 @@ private:
     Error start() {
         Strings texts;
         for (const Listener& each : listeners_) { texts.push_back(each.text); }
-        log(Level::Info, "Starting server %s", kVersion);
-        log(Level::Info, "Listening at: %s (%d)", join(texts).c_str(), ::getpid());
-        log(Level::Info, "Using worker: %s", config_.worker_class.c_str());
+        log(Level::Info, string("Starting server ") + kVersion);
+        log(Level::Info, "Listening at: " + join(texts) + " (" + to_string(::getpid()) + ")");
+        log(Level::Info, "Using worker: " + config_.worker_class);
         int fds[2];
         if (::socketpair(AF_UNIX, SOCK_DGRAM, 0, fds) < 0) { return os_error("no ready queue"); }
         queue_ = {Fd(fds[0]), Fd(fds[1])};
         for (const int fd : fds) { set_flags(fd, true); }
-        for (const int number : {SIGUSR1, SIGUSR2, SIGWINCH}) { set_signal(number, SIG_IGN); }
-        return open_self_pipe({SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGCHLD});
+        if (Error error = make_pipe(g_self_pipe, true)) { return error; }
+        set_signals({SIGUSR1, SIGUSR2, SIGWINCH}, SIG_IGN);
+        set_signals({SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGCHLD}, on_signal);
+        return {};
     }
 
     void handle_signal(int number) {
@@ -2717,22 +2504,20 @@ private:
             {SIGHUP, "hup"}, {SIGINT, "int"}, {SIGQUIT, "quit"}, {SIGTERM, "term"},
             {SIGTTIN, "ttin"}, {SIGTTOU, "ttou"}};
         for (const auto& [each, name] : kNames) {
-            if (each == number) { log(Level::Info, "Handling signal: %s", name); }
+            if (each == number) { log(Level::Info, string("Handling signal: ") + name); }
         }
         if (number == SIGHUP && !stopping_) { handle_hup(); }
-        if (number == SIGTERM && !stopping_) { halt(SIGTERM); }
+        if (number == SIGTERM && !stopping_) { halt(SIGUSR2); }
         if (number == SIGINT || number == SIGQUIT) { halt(SIGQUIT); }
         if (number == SIGTTIN) { ++num_workers_; }
         if (number == SIGTTOU) { num_workers_ = std::max(1, num_workers_ - 1); }
     }
 
-    /// SIGTERM: workers finish what they have. SIGQUIT, also later: they leave at once.
+    /// SIGUSR2: workers finish what they have. SIGQUIT, also later: they leave at once.
     void halt(int number) {
         stopping_ = true;
         for (Listener& each : listeners_) { each.fd.reset(); }
-        for (WorkerInfo& worker : workers_) {
-            stop_worker(worker, number == SIGTERM ? SIGUSR2 : number);
-        }
+        for (WorkerInfo& worker : workers_) { stop_worker(worker, number); }
     }
 
     void stop_worker(WorkerInfo& worker, int number) const {
@@ -2746,7 +2531,7 @@ private:
     /// then the old ones go (read_heartbeats, manage_workers); if it fails they stay.
     void handle_hup() {
         log(Level::Info, "Hang up: Master");
-        if (Error error = open_logs(config_)) { log(Level::Error, "%s", error.text.c_str()); }
+        if (Error error = open_logs(config_)) { log(Level::Error, error.text); }
         for (WorkerInfo& worker : workers_) {
             if (worker.pid == canary_) { stop_worker(worker, SIGTERM); }
         }
@@ -2780,12 +2565,9 @@ private:
             if (config_.timeout == 0s || now_ < worker.last_change + config_.timeout) { continue; }
             aborting_ = true;
             worker.last_change = now_ - config_.timeout + kKillDelay;
-            if (std::exchange(worker.aborted, true)) {
-                ::kill(worker.pid, SIGKILL);
-            } else {
-                log(Level::Critical, "WORKER TIMEOUT (pid:%d)", worker.pid);
-                ::kill(worker.pid, SIGABRT);
-            }
+            const bool again = std::exchange(worker.aborted, true);
+            if (!again) { log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(worker.pid) + ")"); }
+            ::kill(worker.pid, again ? SIGKILL : SIGABRT);
         }
     }
 
@@ -2799,7 +2581,7 @@ private:
             const WorkerInfo worker = std::move(*found);
             workers_.erase(found);
             if (status != 0) {
-                log(Level::Error, "Worker (pid:%d) %s", pid, exit_text(status).c_str());
+                log(Level::Error, "Worker (pid:" + to_string(pid) + ") " + exit_text(status));
             }
             if (!stopping_) { worker_lost(worker, WIFEXITED(status) ? WEXITSTATUS(status) : 0); }
         }
@@ -2814,13 +2596,14 @@ private:
         }
         if (worker.pid == canary_) {
             canary_ = -1;
-            log(Level::Error, "Reload failed: the old workers go on");
-            return;
+            return log(Level::Error, "Reload failed: the old workers go on");
         }
         if (worker.stopping) { return; }
         failures_ = worker.booted && now_ > worker.spawned + 5s ? 0 : failures_ + 1;
         const int delay = failures_ < 2 ? 0 : std::min(30, 1 << std::min(failures_ - 2, 5));
-        if (delay > 0) { log(Level::Warning, "Workers fail: the next starts in %d s", delay); }
+        if (delay > 0) {
+            log(Level::Warning, "Workers fail: the next starts in " + to_string(delay) + " s");
+        }
         spawn_again_ = now_ + seconds(delay);
     }
 
@@ -2830,9 +2613,9 @@ private:
         if (stopping_) { return; }
         int alive = 0, ready = 0;
         for (const WorkerInfo& worker : workers_) {
-            if (worker.generation != generation_ || worker.stopping) { continue; }
-            ++alive;
-            ready += worker.booted ? 1 : 0;
+            const bool counts = worker.generation == generation_ && !worker.stopping;
+            alive += counts ? 1 : 0;
+            ready += counts && worker.booted ? 1 : 0;
         }
         while (alive < num_workers_ && now_ >= spawn_again_ && spawn_worker(generation_) > 0) {
             ++alive;
@@ -2848,25 +2631,25 @@ private:
 
     /// Forks one worker; its pid, or -1. The child leaves by _exit: nothing of the arbiter's runs.
     pid_t spawn_worker(int generation) {
-        Result<Fd> tmp = make_temp_file(config_.worker_tmp_dir);
+        Fd tmp;
+        Error error = make_temp_file(config_.worker_tmp_dir, tmp);
         const pid_t arbiter = ::getpid();
         block_signals(true);
-        const pid_t pid = tmp.error ? -1 : ::fork();
+        const pid_t pid = error ? -1 : ::fork();
         if (pid == 0) {
             workers_.clear();
-            const auto worker =
-                std::make_unique<Worker>(config_, listeners_, queue_, tmp.value,
-                                         std::move(g_self_pipe.second), arbiter, files_);
+            Worker* worker = new Worker(config_, listeners_, queue_, tmp,
+                                        std::move(g_self_pipe.second), arbiter, files_);
             ::_exit(worker->run());
         }
+        if (!error && pid < 0) { error = os_error("cannot fork"); }
         block_signals(false);
-        if (pid < 0) {
-            log(Level::Error, "cannot start a worker: %s",
-                tmp.error ? tmp.error.text.c_str() : std::strerror(errno));
+        if (error) {
+            log(Level::Error, "No new worker: " + error.text);
             spawn_again_ = now_ + 1s;
             return -1;
         }
-        workers_.push_back({pid, generation, std::move(tmp.value), now_, now_});
+        workers_.push_back({pid, generation, std::move(tmp), now_, now_});
         return pid;
     }
 
@@ -2894,10 +2677,13 @@ Error apply(Config& config, rlim_t& files) {
     if (!config.chdir.empty() && ::chdir(config.chdir.c_str()) < 0) {
         return os_error("cannot change to " + config.chdir);
     }
+    for (const char* name : {"LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID",
+                             "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
+        ::unsetenv(name);  // what is between systemd and this server
+    }
     for (const string& pair : config.raw_env) {
-        string_view value = pair;
-        const string name(cut(value, '='));
-        ::setenv(name.c_str(), value.data(), 1);
+        const size_t equals = pair.find('=');
+        ::setenv(pair.substr(0, equals).c_str(), pair.c_str() + equals + 1, 1);
     }
     struct rlimit limit {};
     ::getrlimit(RLIMIT_NOFILE, &limit);
@@ -2910,11 +2696,14 @@ Error apply(Config& config, rlim_t& files) {
         const bool shm = ::access("/dev/shm", W_OK | X_OK) == 0;
         config.worker_tmp_dir = shm ? "/dev/shm" : temp_dir();
     }
-    if (Error error = make_temp_file(config.worker_tmp_dir).error) { return error; }
+    Fd probe;
+    if (Error error = make_temp_file(config.worker_tmp_dir, probe)) { return error; }
     if (Error error = open_logs(config)) { return error; }
     if (config.worker_connections > most) {
-        log(Level::Warning, "--worker-connections lowered from %d to %d, which is what fits",
-            std::exchange(config.worker_connections, most), most);
+        log(Level::Warning, "--worker-connections lowered from " +
+                                to_string(config.worker_connections) + " to " + to_string(most) +
+                                ", which is what fits");
+        config.worker_connections = most;
     }
     return {};
 }
@@ -2929,22 +2718,21 @@ int check_app(const Config& config, rlim_t files) {
     runner.to.reset();
     int status = 0;
     retry([&] { return ::waitpid(runner.pid, &status, 0); });
-    const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
-    return loaded ? 0 : code == kWorkerBootError ? code : kAppLoadError;
+    const bool no_boot = WIFEXITED(status) && WEXITSTATUS(status) == kWorkerBootError;
+    return loaded ? 0 : no_boot ? kWorkerBootError : kAppLoadError;
 }
 
+/// Binds all addresses, or with --check-config only reads them.
 Error bind_all(const Config& config, std::vector<Listener>& listeners) {
     std::vector<Address> addresses;
     for (const string& text : config.bind) {
-        Result<Address> address = parse_address(text);
-        if (address.error) { return address.error; }
-        addresses.push_back(std::move(address.value));
+        if (Error error = parse_address(text, addresses.emplace_back())) { return error; }
     }
     for (const Address& address : addresses) {
         if (config.check_config) { break; }
-        Result<Listener> listener = bind_address(address, config.backlog);
-        if (listener.error) { return listener.error; }
-        listeners.push_back(std::move(listener.value));
+        if (Error error = bind_address(address, config.backlog, listeners.emplace_back())) {
+            return error;
+        }
     }
     return {};
 }
@@ -2956,7 +2744,7 @@ int main(int argc, char** argv) {
         fd = ::open("/dev/null", O_RDWR | (fd > 0 ? O_CLOEXEC : 0));
         if (fd > STDERR_FILENO) { ::close(fd); }
     }
-    set_signal(SIGPIPE, SIG_IGN);
+    set_signals({SIGPIPE}, SIG_IGN);
     g_log.error_file.reset(::fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3));
     Config config;
     std::vector<Listener> listeners;
