@@ -165,6 +165,24 @@ Error make_pipe(Pair& made, bool nonblocking = false) {
     return {};
 }
 
+/// A pipe with a second, non-blocking reading end, for who wrote to take it back: POSIX gives two
+/// readers flags of their own only where both have opened it, so it is a FIFO for a moment.
+Error make_fifo(string dir, Pair& made, Fd& back) {
+    dir += "/server-XXXXXX";
+    const bool made_dir = ::mkdtemp(dir.data()) != nullptr;
+    const string path = dir + "/fifo";
+    if (made_dir && ::mkfifo(path.c_str(), 0600) == 0) {
+        back = Fd(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
+        made.second = Fd(::open(path.c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC));
+        made.first = Fd(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
+        for (const Fd* end : {&made.first, &made.second}) { ::fcntl(end->get(), F_SETFL, 0); }
+    }
+    const Error error = back && made.first && made.second ? Error{} : os_error("no FIFO " + path);
+    ::unlink(path.c_str());
+    if (made_dir) { ::rmdir(dir.c_str()); }
+    return error;
+}
+
 string temp_dir() {
     const char* dir = std::getenv("TMPDIR");
     return dir != nullptr && *dir != '\0' ? dir : "/tmp";
@@ -1266,6 +1284,10 @@ Response error_response(int status, string& body) {
 //
 //  N is the number of bytes up to the comma; an empty len means that the client sent none. Any
 //  program that speaks this on its standard input and output is a runner.
+//
+//  The Python runner reads its requests from two pipes in turn. While it answers one the next may
+//  lie in the other already, so that neither process sleeps in between; it runs nowhere else only
+//  once the runner has read it, and until then the worker can take it back.
 // ============================================================================
 constexpr char kRunner[] = R"py(
 import faulthandler, fcntl, importlib, io, os, select, sys
@@ -1339,11 +1361,13 @@ class Slot:
     """A pair of pipes, and the loop that answers what comes through them."""
     def __init__(self, requests, replies, app):
         self.requests, self.replies, self.app = requests, replies, app
-        self.pending = b""  # read and not used
+        self.turn = 0       # the pipe of the present request
+        self.pending = b""  # read from it and not used
         self.left = 0       # bytes of the body that the application has not read
         self.gone = False   # the client has
-        self.poll = select.poll()
-        self.poll.register(requests, select.POLLIN)
+        self.polls = [select.poll() for fd in requests]
+        for fd, poll in zip(requests, self.polls):
+            poll.register(fd, select.POLLIN)
 
     def write(self, data):
         sent = os.write(self.replies, data)
@@ -1351,7 +1375,7 @@ class Slot:
             sent += os.write(self.replies, memoryview(data)[sent:])
 
     def more(self):
-        data = os.read(self.requests, 65536)
+        data = os.read(self.requests[self.turn], 65536)
         if not data:
             sys.exit()  # the worker has gone or wants no more
         self.pending += data
@@ -1375,7 +1399,7 @@ class Slot:
 
     def client_gone(self):
         if not self.gone and not self.left:
-            if not self.pending and self.poll.poll(0):
+            if not self.pending and self.polls[self.turn].poll(0):
                 self.more()
             if self.pending.startswith(b"0:,"):
                 self.pending, self.gone = self.pending[3:], True
@@ -1403,6 +1427,7 @@ class Slot:
                 self.take(65536)
             if body:
                 body.slot = None
+            self.pending, self.turn = b"", 1 - self.turn
 
     def answer(self, environ, response):
         items = None
@@ -1430,10 +1455,11 @@ def report():
     import traceback  # which takes its time, and is hardly ever wanted
     os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
 
-def main(name, paths, software):
+def main(name, paths, software, second):
     faulthandler.enable()  # SIGABRT, and crashes, print the stack of every thread
     high = min(1000, os.sysconf("SC_OPEN_MAX") // 2)
-    pipes = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, high) for fd in (0, 1)]
+    pipes = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, high) for fd in (0, int(second), 1)]
+    os.close(int(second))
 
     def put_null(fds):
         null = os.open(os.devnull, os.O_RDWR)
@@ -1454,7 +1480,7 @@ def main(name, paths, software):
     except Exception:
         report()
         sys.exit(4)
-    slot = Slot(*pipes, app)
+    slot = Slot(pipes[:2], pipes[2], app)
     slot.write(b"0:,")
     slot.serve({
         "wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.errors": sys.stderr,
@@ -1510,16 +1536,24 @@ struct Connection;
 struct Runner {
     Phase phase = Phase::Down;
     pid_t pid = -1;
-    Fd to, from;
+    Fd to[2], back[2], from;        // two request pipes, our reading ends of them; of replies
+    int turn = 0;                   // the pipe of the present request
     NetstringReader reader;
     Spool out;                      // what it has not taken yet of its request
     Connection* current = nullptr;  // null: nobody waits for this response any more
     string request;                 // its request line, once nobody waits
     bool answered = false;          // its end frame has come
+    bool quick = false;             // the last response took less than kAhead
+    bool ahead = false;             // a request lies in the other pipe
+    Connection* next = nullptr;     // whose it is; null: nobody waits for it any more
     Time since{};                   // when the request went out
     Time deadline = Time::max();    // of the next frame
     Time kill_at = Time::max();     // SIGKILL for a runner that should be gone
     int signal = 0;                 // the last signal that we sent it
+
+    void close_requests() {
+        for (Fd* end : {&to[0], &to[1], &back[0], &back[1]}) { end->reset(); }
+    }
 };
 
 /// In the forked child: becomes the runner. Only its two pipes go with it.
@@ -1552,10 +1586,17 @@ struct Runner {
 
 /// Starts a runner that imports the application. `files`: its soft limit on descriptors.
 Error start_runner(const Config& config, Runner& runner, rlim_t files) {
-    Pair requests, replies;
-    if (Error error = make_pipe(requests)) { return error; }
+    runner = Runner{};
+    Pair requests[2], replies;
+    for (const int i : {0, 1}) {
+        const Error error = make_fifo(config.worker_tmp_dir, requests[i], runner.back[i]);
+        if (error) { return error; }
+    }
     if (Error error = make_pipe(replies)) { return error; }
-    const string settings[] = {config.app, join(config.pythonpath), string("server/") + kVersion};
+    const bool python = config.runner.empty();
+    const int second = requests[1].first.get();
+    const string settings[] = {config.app, join(config.pythonpath), string("server/") + kVersion,
+                               to_string(second)};
     string source = kRunner;
     for (const string& each : settings) { (source += '\0') += each; }
     const string boot = "import sys; b = sys.stdin.buffer.read(" + to_string(source.size()) +
@@ -1564,17 +1605,19 @@ Error start_runner(const Config& config, Runner& runner, rlim_t files) {
     const pid_t worker = ::getpid();
     block_signals(true);
     const pid_t pid = ::fork();
-    if (pid == 0) { exec_runner(config, requests.first, replies.second, boot, worker, files); }
+    if (pid == 0) {
+        if (python) { ::fcntl(second, F_SETFD, 0); }
+        exec_runner(config, requests[0].first, replies.second, boot, worker, files);
+    }
     block_signals(false);
     if (pid < 0) { return os_error("cannot fork"); }
     ::setpgid(pid, pid);  // here too: a signal to its group may be due before it runs
-    runner = Runner{};
     runner.phase = Phase::Booting;
     runner.pid = pid;
-    runner.to = std::move(requests.second);
+    for (const int i : {0, 1}) { runner.to[i] = std::move(requests[i].second); }
     runner.from = std::move(replies.first);
-    if (config.runner.empty()) { (void)write_all(runner.to, source); }  // waitpid() tells if it died
-    for (const Fd* end : {&runner.to, &runner.from}) { set_flags(end->get(), true); }
+    if (python) { (void)write_all(runner.to[0], source); }  // waitpid() tells if it died
+    for (const Fd* end : {&runner.to[0], &runner.to[1], &runner.from}) { set_flags(end->get(), true); }
     return {};
 }
 
@@ -1663,6 +1706,7 @@ ssize_t exchange_message(const Fd& queue, bool send, char* data, size_t size, in
 // ============================================================================
 constexpr auto kTick = 100ms;         // how exact a deadline is
 constexpr auto kAcceptDelay = 10ms;   // how long a busy worker leaves connections to idle ones
+constexpr auto kAhead = 1ms;          // how long a request may lie ready for a busy runner
 constexpr auto kKillDelay = 500ms;    // from asking a process to go to SIGKILL
 constexpr auto kLingerSilence = 2s, kLingerTotal = 10s;  // as nginx's lingering_close
 constexpr size_t kReplyMemory = size_t{1} << 20, kWorkerMemory = size_t{16} << 20;
@@ -1755,11 +1799,9 @@ private:
             return fd && FD_ISSET(fd.get(), &set);
         };
         if (is_set(g_self_pipe.first, reads)) { handle_signals(); }
-        if (is_set(runner_.to, writes)) { feed_runner(); }
+        if (is_set(to(), writes)) { feed_runner(); }
         if (is_set(runner_.from, reads)) { read_runner(); }
-        if (runner_.phase == Phase::Idle && is_set(queue_.second, reads)) {
-            if (Connection* c = take_from_queue()) { dispatch(*c); }
-        }
+        if (is_set(queue_.second, reads)) { next_request(true); }
         for (int fd = 0; fd <= max_fd_; ++fd) {
             const bool readable = FD_ISSET(fd, &reads), writable = FD_ISSET(fd, &writes);
             Connection* c = readable || writable ? connections_[fd].get() : nullptr;
@@ -1772,6 +1814,7 @@ private:
             if (runner_.phase != Phase::Idle && is_set(each.fd, reads)) { accept_clients(); }
         }
         run_ahead();
+        if (now_ >= take_back_at()) { wait_again(take_back()); }
         pass_on();
         if (now_ >= next_tick_) { tick(); }
     }
@@ -1779,9 +1822,9 @@ private:
     /// Completes the sets with what depends on the runner, and says when to wake at the latest.
     Time prepare(fd_set& reads, fd_set& writes) {
         if (runner_.from && !stalled()) { FD_SET(runner_.from.get(), &reads); }
-        if (runner_.to && runner_.out.size() > 0) { FD_SET(runner_.to.get(), &writes); }
+        if (to() && runner_.out.size() > 0) { FD_SET(to().get(), &writes); }
         const bool room = connected_ <= config_.worker_connections || find_victim() != nullptr;
-        if (runner_.phase == Phase::Idle && room && takes_from_queue()) {
+        if (wants_request() && room && takes_from_queue()) {
             FD_SET(queue_.second.get(), &reads);
         }
         // A busy worker leaves connections to idle ones for a while: or all would wake for one.
@@ -1790,18 +1833,18 @@ private:
         for (const Listener& each : listeners_) {
             if (booted_ && now_ >= accept_at) { FD_SET(each.fd.get(), &reads); }
         }
-        const Time until = std::min({next_tick_, pass_at()});
+        const Time until = std::min({next_tick_, pass_at(), take_back_at()});
         return booted_ && now_ < accept_at ? std::min(until, accept_at) : until;
     }
 
-    /// Gives an idle runner work, and goes on without select() while it answers at once: to yield
-    /// the processor to it is cheaper than to sleep and be woken. After some rounds select() has to
-    /// look at the ready queue.
+    /// Gives a runner as much work as it may have, and goes on without select() while it answers at
+    /// once: to yield the processor to it is cheaper than to sleep and be woken. After some rounds
+    /// select() has to look at the ready queue.
     void run_ahead() {
         for (int round = 0; round < 8; ++round) {
-            if (runner_.phase == Phase::Idle && booted_) { accept_clients(); }
+            if (booted_ && wants_request()) { accept_clients(); }
             if (runner_.phase != Phase::Busy || runner_.since != now_) { return; }
-            ::sched_yield();
+            if (!runner_.ahead) { ::sched_yield(); }
             now_ = Clock::now();
             if (!read_runner()) { return; }
         }
@@ -1822,9 +1865,9 @@ private:
             if (Error error = boot_runner()) { log(Level::Error, error.text); }
         }
         if (runner_.phase != Phase::Idle) { expire_queue(); }
-        if (runner_.to && !has_work()) {  // it leaves as any Python program does, or is killed
+        if (to() && !has_work()) {  // it leaves as any Python program does, or is killed
             dismissed_ = true;
-            runner_.to.reset();
+            runner_.close_requests();
             runner_.phase = Phase::Dying;
             kill_runner_after(stop_ == Stop::Now ? Clock::duration(kKillDelay / 2)
                               : booted_          ? Clock::duration(config_.graceful_timeout)
@@ -1888,13 +1931,13 @@ private:
 
     // --- clients ----------------------------------------------------------------------------
 
-    /// Some from each listener; but for an idle runner no more than it takes to make it busy: the
+    /// Some from each listener; but no more than it takes to give the runner what it wants: the
     /// rest is for the other workers.
     void accept_clients() {
-        const bool idle = runner_.phase == Phase::Idle;
+        const bool wanted = wants_request();
         for (size_t n = listeners_.size(); n > 0 && now_ >= accept_again_; --n) {
             const Listener& listener = listeners_[turn_++ % listeners_.size()];
-            for (int i = 0; i < 16 && !(idle && runner_.phase == Phase::Busy); ++i) {
+            for (int i = 0; i < 16 && (!wanted || wants_request()); ++i) {
                 if (!accept_client(listener)) { break; }
             }
         }
@@ -2036,7 +2079,7 @@ private:
         c.in = string();
         c.pass.started = now_;
         set_state(c, State::Ready);
-        runner_.phase == Phase::Idle ? dispatch(c) : ready_.push_back(&c);
+        if (!dispatch(c)) { ready_.push_back(&c); }
     }
 
     /// Answers in the server's own name, whatever became of the request.
@@ -2095,6 +2138,9 @@ private:
             write_access(c, c.response.status != 0 ? c.response.status : 499);
         }
         if (runner_.current == &c) { abandon(); }
+        if (runner_.ahead && runner_.next == &c && take_back() == nullptr) {
+            runner_.next = nullptr;  // it has begun
+        }
         set_state(c, State::Done);
     }
 
@@ -2188,16 +2234,62 @@ private:
 
     bool stalled() const { return runner_.current != nullptr && runner_.current->out.full(); }
 
-    void dispatch(Connection& c) {
+    const Fd& to() const { return runner_.to[runner_.turn]; }
+
+    /// Whether a request could go to the runner now: it is idle, or quick and has only one.
+    bool wants_request() const {
+        return runner_.phase == Phase::Idle ||
+               (runner_.phase == Phase::Busy && runner_.quick && !runner_.ahead && !runner_.answered &&
+                runner_.out.size() == 0 && now_ < runner_.since + kAhead);
+    }
+
+    /// Gives a request to the runner, perhaps ahead of its time; false if it has to wait.
+    bool dispatch(Connection& c) {
+        if (!wants_request()) { return false; }
+        string head = to_string(c.env.size()) + ":" + c.env + ",";
+        if (runner_.phase == Phase::Idle) {
+            set_state(c, State::Run);
+            runner_.out = std::exchange(c.body, Spool());
+            runner_.out.prepend(head);
+            runner_.current = &c;
+            begin_request();
+            feed_runner();
+            return true;
+        }
+        head += c.body.newest();  // up to PIPE_BUF bytes go, and can be taken back, as a whole
+        const Fd& other = runner_.to[1 - runner_.turn];
+        if (c.body.stored() > 0 || head.size() > PIPE_BUF || write_some(other, head) < 0) {
+            return false;
+        }
         set_state(c, State::Run);
-        runner_.out = std::exchange(c.body, Spool());
-        runner_.out.prepend(to_string(c.env.size()) + ":" + c.env + ",");
-        runner_.current = &c;
+        runner_.ahead = true;
+        runner_.next = &c;
+        return true;
+    }
+
+    void begin_request() {
         runner_.phase = Phase::Busy;
         runner_.answered = false;
         runner_.since = now_;
         extend_deadline();
-        feed_runner();
+    }
+
+    Time take_back_at() const { return runner_.ahead ? runner_.since + kAhead : Time::max(); }
+
+    /// The request that lies in the other pipe, out of it again; null if the runner has read it.
+    Connection* take_back() {
+        char bytes[2 * PIPE_BUF];
+        const bool back = read_some(runner_.back[1 - runner_.turn], bytes, sizeof bytes) > 0;
+        if (!back) { return nullptr; }
+        runner_.ahead = false;
+        return std::exchange(runner_.next, nullptr);
+    }
+
+    /// A request that was taken back goes where it would have been without that.
+    void wait_again(Connection* c) {
+        if (c == nullptr) { return; }
+        set_state(*c, State::Ready);
+        ready_.insert(ready_.begin(), c);
     }
 
     /// A sign of life: the application gets `timeout` seconds from now.
@@ -2206,13 +2298,9 @@ private:
     }
 
     void feed_runner() {
-        while (runner_.to && runner_.out.size() > 0) {
-            const ssize_t n = write_some(runner_.to, runner_.out.front());
-            if (n < 0 && would_block()) { return; }
-            if (n < 0) {  // it ends; but it may have answered
-                runner_.to.reset();
-                return kill_runner_after(1s);
-            }
+        while (to() && runner_.out.size() > 0) {
+            const ssize_t n = write_some(to(), runner_.out.front());
+            if (n < 0) { return; }
             runner_.out.pop(static_cast<size_t>(n));
         }
         become_idle();
@@ -2221,15 +2309,16 @@ private:
     /// Reads once what the runner says; false where there is nothing more to read.
     bool read_runner() {
         using Event = NetstringReader::Event;
-        const ssize_t n = read_some(runner_.from, buffer_, kPiece);
+        const ssize_t n = read_some(runner_.from, replies_, kPiece);
         if (n < 0 && would_block()) { return false; }
         if (n <= 0) { return lose_runner(1s), false; }
         if (runner_.phase == Phase::Busy) { extend_deadline(); }
-        string_view in(buffer_, static_cast<size_t>(n)), piece;
+        string_view in(replies_, static_cast<size_t>(n)), piece;
         for (Event event; (event = runner_.reader.next(in, piece)) != Event::NeedMore;) {
             const bool last = event == Event::End || event == Event::Failed;
             const bool quiet = runner_.phase == Phase::Booting || runner_.phase == Phase::Idle;
-            if (event == Event::Bad || (last && !in.empty()) || (quiet && event != Event::End)) {
+            const bool behind = last && !in.empty() && !runner_.ahead;
+            if (event == Event::Bad || behind || (quiet && event != Event::End)) {
                 log(Level::Error, "Runner (pid:" + to_string(runner_.pid) + ") broke the protocol");
                 signal_runner(SIGKILL);
                 return lose_runner(1s), false;
@@ -2303,9 +2392,10 @@ private:
                 notify();
                 (void)write_some(arbiter_, string_view("", 1));
             }
-            return next_request();
+            return next_request(true);
         }
         runner_.answered = true;
+        runner_.quick = config_.runner.empty() && now_ < runner_.since + kAhead;
         if (good) { failures_ = 0; }
         Connection* c = std::exchange(runner_.current, nullptr);
         if (c != nullptr && runner_.out.size() > 0) { runner_.request = c->request_line(); }
@@ -2338,22 +2428,30 @@ private:
     /// The slot is free once the response has ended and the request has gone out entirely.
     void become_idle() {
         const bool busy = runner_.phase != Phase::Busy || !runner_.answered;
-        if (busy || !runner_.to || runner_.out.size() > 0) { return; }
-        runner_.phase = Phase::Idle;
-        runner_.deadline = Time::max();
-        next_request();
+        if (busy || !to() || runner_.out.size() > 0) { return; }
+        if (config_.runner.empty()) { runner_.turn = 1 - runner_.turn; }
+        if (std::exchange(runner_.ahead, false)) {
+            runner_.current = std::exchange(runner_.next, nullptr);
+            begin_request();
+        } else {
+            runner_.phase = Phase::Idle;
+            runner_.deadline = Time::max();
+        }
+        next_request(++served_ % 8 == 0);
     }
 
-    /// What came late waits here, what has waited for longer in the queue: that goes first.
-    void next_request() {
-        if (ready_.empty()) { return; }
-        Connection* c = take_from_queue();
-        dispatch(c != nullptr ? *c : *ready_.front());
+    /// What waits here has not waited for long, what waits in the queue has: that goes first.
+    void next_request(bool look) {
+        if (!wants_request()) { return; }
+        Connection* c = look || !ready_.empty() ? take_from_queue() : nullptr;
+        if (c != nullptr) { ready_.insert(ready_.begin(), c); }
+        if (!ready_.empty()) { dispatch(*ready_.front()); }
     }
 
     /// A pipe is of no use any more: the runner has to go, if need be by SIGKILL.
     void lose_runner(Clock::duration patience) {
-        runner_.to.reset();
+        wait_again(take_back());
+        runner_.close_requests();
         runner_.from.reset();
         runner_.deadline = Time::max();
         runner_.phase = Phase::Dying;
@@ -2387,8 +2485,8 @@ private:
     void reap_runner() {
         int status = 0;
         if (runner_.pid < 0 || ::waitpid(runner_.pid, &status, WNOHANG) != runner_.pid) { return; }
-        runner_.to.reset();
         while (runner_.from && read_runner()) {}  // what it still said counts
+        wait_again(take_back());
         const Runner gone = std::exchange(runner_, Runner());
         if (WIFSIGNALED(status)) { ::kill(-gone.pid, SIGKILL); }
         if (has_work() || (status != 0 && gone.signal == 0)) {
@@ -2396,7 +2494,9 @@ private:
                                   (gone.signal != 0 ? ", sent by this server" : "") +
                                   (gone.current != nullptr ? ": " + escape(gone.current->request_line()) : ""));
         }
-        if (gone.current != nullptr) { end_response(*gone.current, false, {502, "the runner died"}); }
+        for (Connection* c : {gone.current, gone.next}) {
+            if (c != nullptr) { end_response(*c, false, {502, "the runner died"}); }
+        }
         if (!has_work()) { return; }
         const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
         if (!booted_) { status_ = code == 3 || code >= 126 ? kWorkerBootError : kAppLoadError; }
@@ -2411,7 +2511,8 @@ private:
     Error boot_runner() {
         restart_at_ = now_ + 1s;  // should it fail
         if (Error error = start_runner(config_, runner_, files_)) { return error; }
-        max_fd_ = std::max({max_fd_, runner_.to.get(), runner_.from.get()});
+        max_fd_ = std::max({max_fd_, runner_.to[0].get(), runner_.to[1].get(),
+                            runner_.from.get()});
         return {};
     }
 
@@ -2426,14 +2527,15 @@ private:
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
     std::vector<Connection*> ready_;                       // complete, waiting here for a runner
     int connected_ = 0, failures_ = 0, status_ = 0, max_fd_ = 0;
-    size_t turn_ = 0;  // the listener to begin with
+    size_t turn_ = 0, served_ = 0;  // the listener to begin with; requests
     Stop stop_ = Stop::No;
     bool booted_ = false, spinner_ = false, dismissed_ = false;  // dismissed: the last runner
     size_t reply_memory_ = 0;
     fd_set reads_{}, writes_{};  // what select() watches for the connections
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, restart_at_ = now_;
-    char buffer_[kMaxMessage];
+    char replies_[kPiece];      // from the runner; while they are read, buffer_ may be used
+    char buffer_[kMaxMessage];  // from a client or the ready queue
 };
 
 // ============================================================================
@@ -2715,7 +2817,7 @@ int check_app(const Config& config, rlim_t files) {
     ::fcntl(runner.from.get(), F_SETFL, 0);  // blocking
     char byte = 0;
     const bool loaded = read_some(runner.from, &byte, 1) == 1;
-    runner.to.reset();
+    runner.close_requests();
     int status = 0;
     retry([&] { return ::waitpid(runner.pid, &status, 0); });
     const bool no_boot = WIFEXITED(status) && WEXITSTATUS(status) == kWorkerBootError;

@@ -3954,20 +3954,21 @@ bool refused(int port) {
 }
 
 /// Keeps `n` clients asking for `target` as long as `more()`, and says how often each answer came:
-/// "200 hello", or "cut".
+/// "200 hello", or "cut". Behind a target that ends with "=" comes the number of the request.
 map<string, int> load(const Server& server, size_t n, const string& target,
                       const std::function<bool()>& more) {
     map<string, int> answers;
     vector<std::unique_ptr<Client>> clients(n);
     vector<string> texts(n);
     vector<Time> starts(n);
-    size_t open = 0;
+    size_t open = 0, serial = 0;
     for (bool going = true; (going = going && more()) || open > 0; ::poll(nullptr, 0, 1)) {
         for (size_t i = 0; i < n; ++i) {
             if (!clients[i] && !going) { continue; }
             if (!clients[i]) {
                 clients[i] = std::make_unique<Client>(server);
-                clients[i]->send(get_bytes(target));
+                const string number = target.back() == '=' ? to_string(++serial) : "";
+                clients[i]->send(get_bytes(target + number));
                 texts[i].clear();
                 starts[i] = Clock::now();
                 ++open;
@@ -4332,6 +4333,96 @@ def slow(environ, start_response):
     for (const pid_t idle : server.runners()) { ::kill(idle, SIGKILL); }
     CHECK(wait_for([&] { return count(server.log(), "was ended by signal 9 (Killed)") == 3; }));
     CHECK(get(server, "/hello").body == "hello");
+}
+
+/// Notes each request in a file, so that one that runs twice is seen.
+constexpr const char* kOnce = R"py(
+
+runs = os.open("runs", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+def once(environ, start_response):
+    os.write(runs, environ["QUERY_STRING"].encode() + b"\n")
+    start_response("200 OK", [("Content-Length", "2")])
+    return [b"ok"]
+
+def jitter(environ, start_response):
+    time.sleep(hash(environ["QUERY_STRING"]) % 10 / 5000)  # 0 to 1.8 ms
+    return once(environ, start_response)
+)py";
+
+/// Each line of the file "runs", how often it stands there.
+map<string, int> runs_of(const Server& server) {
+    map<string, int> runs;
+    std::istringstream lines(read_file(server.dir.path + "/runs"));
+    for (string line; std::getline(lines, line);) { ++runs[line]; }
+    return runs;
+}
+
+TEST_CASE("runners that are killed at any moment cost a request each, and none runs twice") {
+    Server server(kTools + kOnce);
+    REQUIRE(server.wait_ready_workers(2));
+    Time next = Clock::now() + 100ms;
+    int kills = 0;
+    Random random;
+    map<string, int> answers = load(server, 16, "/once?id=", [&] {
+        if (Clock::now() < next) { return kills < 12; }
+        const vector<pid_t> runners = server.runners();
+        if (!runners.empty()) {
+            ::kill(runners[random.below(runners.size())], SIGKILL);
+            ++kills;
+        }
+        next = Clock::now() + std::chrono::milliseconds(60 + random.below(50));
+        return kills < 12;
+    });
+    CAPTURE(show_answers(answers));
+    const int good = answers["200 ok"], bad = answers["502 502 Bad Gateway\n"];
+    CHECK(answers.size() == 2);
+    CHECK(good > 100);
+    CHECK(bad <= kills);
+    const map<string, int> runs = runs_of(server);
+    CHECK(static_cast<int>(runs.size()) >= good);
+    CHECK(static_cast<int>(runs.size()) <= good + bad);
+    for (const auto& each : runs) { CHECK(each.second == 1); }
+}
+
+TEST_CASE("requests that take about a millisecond run once each, though many are taken back") {
+    Server server(kTools + kOnce);
+    REQUIRE(server.wait_ready_workers(2));
+    const Time end = Clock::now() + 1500ms;
+    map<string, int> answers =
+        load(server, 16, "/jitter?id=", [&] { return Clock::now() < end; });
+    CHECK_MESSAGE(answers.size() == 1, show_answers(answers));
+    const map<string, int> runs = runs_of(server);
+    CHECK(static_cast<int>(runs.size()) == answers["200 ok"]);
+    for (const auto& each : runs) { CHECK(each.second == 1); }
+    CHECK_FALSE(contains(server.log(), "[ERROR]"));
+}
+
+TEST_CASE("what was handed to a quick runner ahead of time comes back when that turns slow") {
+    Server server(kTools + kOnce);
+    REQUIRE(server.wait_ready_workers(2));
+    int sent = 0;
+    for (int round = 0; round < 6; ++round) {
+        const Time warm_end = Clock::now() + 100ms;
+        (void)load(server, 8, "/hello", [&] { return Clock::now() < warm_end; });
+        vector<Client> clients;
+        for (int i = 0; i < 25; ++i) { clients.emplace_back(server); }
+        const Time start = Clock::now();
+        for (size_t i = 0; i < clients.size(); ++i) {
+            clients[i].send(get_bytes(i == 6 ? "/gate" : "/once?" + to_string(++sent)));
+        }
+        for (size_t i = 0; i < clients.size(); ++i) {
+            if (i != 6) { CHECK(Reply(clients[i].read_all(3s)).body == "ok"); }
+        }
+        CHECK(seconds_since(start) < 0.3);
+        open_gate(server);
+        CHECK(Reply(clients[6].read_all()).body == "through");
+        ::unlink((server.dir.path + "/go").c_str());
+    }
+    const map<string, int> runs = runs_of(server);
+    CHECK(static_cast<int>(runs.size()) == sent);
+    for (const auto& each : runs) { CHECK(each.second == 1); }
+    CHECK(server.runners().size() == 2);
 }
 
 TEST_CASE("kill -9 of the arbiter leaves no process behind, whatever the application does") {
@@ -5068,7 +5159,7 @@ def descriptors(environ, start_response):
     kinds = [os.readlink("/proc/self/fd/" + fd) for fd in os.listdir("/proc/self/fd")
              if os.path.exists("/proc/self/fd/" + fd)]
     return reply(start_response, [kind for kind in kinds if "socket" in kind or "server-" in kind
-                                  and "deleted" in kind])
+                                  and "deleted" in kind and "/fifo" not in kind])
 
 def crossing(environ, start_response):
     write = start_response("200 OK", [])
