@@ -1341,15 +1341,17 @@ class Response:
         return self.write
 
     def frame(self, items):
-        """The netstring for pieces of the body, the head before the first."""
+        """A netstring, in parts, around pieces of the body, the head before the first."""
         for item in items:
             if not isinstance(item, bytes):
                 raise TypeError("the response is made of bytes, not %r" % type(item))
         if self.head is None:
             raise AssertionError("start_response was not called")
-        data = b"".join(items) if self.started else self.head + b"".join(items)
+        if not self.started:
+            items = [self.head, *items]
         self.started = True
-        return b"%d:%b," % (len(data), data) if data else b""
+        size = sum(map(len, items))
+        return [b"%d:" % size, *items, b","] if size else []
 
     def write(self, data):
         if self.slot and self.slot.client_gone():
@@ -1369,10 +1371,14 @@ class Slot:
         for fd, poll in zip(requests, self.polls):
             poll.register(fd, select.POLLIN)
 
-    def write(self, data):
-        sent = os.write(self.replies, data)
-        while sent < len(data):
-            sent += os.write(self.replies, memoryview(data)[sent:])
+    def write(self, parts):
+        if len(parts) > 1000:  # more than writev() takes
+            parts = [b"".join(parts)]
+        sent, size = os.writev(self.replies, parts), sum(map(len, parts))
+        if sent < size:
+            data = memoryview(b"".join(parts))
+            while sent < size:
+                sent += os.write(self.replies, data[sent:])
 
     def more(self):
         data = os.read(self.requests[self.turn], 65536)
@@ -1434,16 +1440,16 @@ class Slot:
         try:
             items = self.app(environ, response.start_response)
             if isinstance(items, (list, tuple)):  # all is there: one write
-                self.write(response.frame(items) + b"0:,")
+                self.write(response.frame(items) + [b"0:,"])
             else:
                 for item in items:
                     if self.client_gone():
                         break
                     response.write(item)
-                self.write((b"" if response.started else response.frame(())) + b"0:,")
+                self.write(([] if response.started else response.frame([])) + [b"0:,"])
         except Exception:
             report()
-            self.write(b"0:!")
+            self.write([b"0:!"])
         finally:
             try:
                 if hasattr(items, "close"):
@@ -1481,7 +1487,7 @@ def main(name, paths, software, second):
         report()
         sys.exit(4)
     slot = Slot(pipes[:2], pipes[2], app)
-    slot.write(b"0:,")
+    slot.write([b"0:,"])
     slot.serve({
         "wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.errors": sys.stderr,
         "wsgi.multithread": False, "wsgi.multiprocess": True, "wsgi.run_once": False,
@@ -1655,6 +1661,7 @@ struct Connection {
     Passport pass;
     Endpoints ends;
     bool silent = true;  // nothing has come
+    bool fresh = true;   // something has happened since the last tick
     string in;           // read and not yet understood
     RequestParser parser;
     string env;                              // environ block, once the head is complete
@@ -1705,6 +1712,7 @@ ssize_t exchange_message(const Fd& queue, bool send, char* data, size_t size, in
 //  9. Worker: one select loop between clients, the ready queue and the runner
 // ============================================================================
 constexpr auto kTick = 100ms;         // how exact a deadline is
+constexpr auto kColdDelay = 20ms;     // how long select() may leave out who was silent for a tick
 constexpr auto kAcceptDelay = 10ms;   // how long a busy worker leaves connections to idle ones
 constexpr auto kAhead = 1ms;          // how long a request may lie ready for a busy runner
 constexpr auto kKillDelay = 500ms;    // from asking a process to go to SIGKILL
@@ -1793,8 +1801,14 @@ private:
 
     void turn() {
         fd_set reads = reads_, writes = writes_;
-        wait_ready(max_fd_, reads, writes, prepare(reads, writes));
+        const bool look = colds_ > 0 && now_ >= look_again_;  // at the cold ones, too
+        for (int fd = 0; look && fd <= max_fd_; ++fd) {
+            if (FD_ISSET(fd, &cold_)) { FD_SET(fd, &reads); }
+        }
+        const Time until = prepare(reads, writes);
+        wait_ready(max_fd_, reads, writes, colds_ > 0 && !look ? std::min(until, look_again_) : until);
         now_ = Clock::now();
+        if (look) { look_again_ = now_ + kColdDelay; }
         const auto is_set = [](const Fd& fd, const fd_set& set) {
             return fd && FD_ISSET(fd.get(), &set);
         };
@@ -1855,7 +1869,14 @@ private:
         if (::getppid() != arbiter_pid_) { stop(Stop::Now); }
         if (now_ >= next_notify_) { notify(); }
         for (const auto& c : connections_) {
-            if (!c || now_ < c->deadline) { continue; }
+            if (!c) { continue; }
+            const int fd = c->socket.get();
+            if (!std::exchange(c->fresh, false) && FD_ISSET(fd, &reads_)) {
+                watch(fd, false, FD_ISSET(fd, &writes_));
+                FD_SET(fd, &cold_);
+                ++colds_;
+            }
+            if (now_ < c->deadline) { continue; }
             expire(*c);
             settle(*c);
         }
@@ -1880,12 +1901,15 @@ private:
     void watch(int fd, bool read, bool write) {
         read ? FD_SET(fd, &reads_) : FD_CLR(fd, &reads_);
         write ? FD_SET(fd, &writes_) : FD_CLR(fd, &writes_);
+        colds_ -= FD_ISSET(fd, &cold_) ? 1 : 0;
+        FD_CLR(fd, &cold_);
         max_fd_ = std::max(max_fd_, fd);
     }
 
     /// After any event of a connection: the sets, the memory it uses, and its end.
     void settle(Connection& c) {
         const bool done = c.state == State::Done;
+        c.fresh = true;
         const size_t used = done ? 0 : c.out.memory();
         reply_memory_ += used - std::exchange(c.counted, used);
         watch(c.socket.get(), !done && !c.pass.eof, !done && c.out.size() > 0);
@@ -2531,9 +2555,10 @@ private:
     Stop stop_ = Stop::No;
     bool booted_ = false, spinner_ = false, dismissed_ = false;  // dismissed: the last runner
     size_t reply_memory_ = 0;
-    fd_set reads_{}, writes_{};  // what select() watches for the connections
+    fd_set reads_{}, writes_{}, cold_{};  // what select() watches for the connections
+    int colds_ = 0;                       // members of cold_
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
-    Time queue_again_ = now_, restart_at_ = now_;
+    Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_;
     char replies_[kPiece];      // from the runner; while they are read, buffer_ may be used
     char buffer_[kMaxMessage];  // from a client or the ready queue
 };
