@@ -1,6 +1,7 @@
 # make          build ./server
 # make test     build and run all tests (also: make check)
 # make asan     the same tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make fuzz     the parsers under libFuzzer (clang), for FUZZ_TIME seconds; seeds are the tests' cases
 # make clean    remove what was built
 # make help     print these lines
 #
@@ -10,7 +11,7 @@ CXXFLAGS ?= -O2 -g -Wall -Wextra -Wpedantic -Wshadow -Wconversion
 
 # What the code needs, whatever the flags above say.
 BUILD = $(CXX) -std=c++17 -fno-exceptions -fno-rtti $(CPPFLAGS) $(CXXFLAGS)
-SANITIZE = -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZE = -g -fno-omit-frame-pointer -fno-sanitize-recover=undefined -fsanitize=address,undefined
 # The tests are not optimized: they would take longer to build than to run.
 TESTS = $(CXX) -std=c++17 $(CPPFLAGS) $(CXXFLAGS) -O0
 
@@ -34,10 +35,19 @@ test_server-asan: test_server.cpp server.cpp
 asan: server-asan test_server-asan
 	SERVER=./server-asan ./test_server-asan
 
+FUZZ_TIME ?= 60
+fuzz-server: test_server.cpp server.cpp
+	clang++ -std=c++17 -fno-exceptions -fno-rtti -DFUZZ -O1 $(SANITIZE),fuzzer -o $@ test_server.cpp
+
+fuzz: test_server fuzz-server
+	mkdir -p .fuzz/seeds .fuzz/found
+	FUZZ_SEEDS=.fuzz/seeds ./test_server -tc='*request line*,*header fields*,*body*,*head*,*frames*,*atom*'
+	./fuzz-server -max_total_time=$(FUZZ_TIME) -max_len=4096 -artifact_prefix=.fuzz/ .fuzz/found .fuzz/seeds
+
 clean:
-	rm -rf server server-asan test_server test_server-asan __pycache__
+	rm -rf server server-asan test_server test_server-asan fuzz-server .fuzz __pycache__
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
 
-.PHONY: all test check asan clean help
+.PHONY: all test check asan fuzz clean help

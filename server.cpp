@@ -172,7 +172,7 @@ Error make_fifo(string dir, Pair& made, Fd& back) {
     const bool made_dir = ::mkdtemp(dir.data()) != nullptr;
     const string path = dir + "/fifo";
     if (made_dir && ::mkfifo(path.c_str(), 0600) == 0) {
-        back = Fd(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
+        back = raise_fd(Fd(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)));
         made.second = Fd(::open(path.c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC));
         made.first = Fd(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
         for (const Fd* end : {&made.first, &made.second}) { ::fcntl(end->get(), F_SETFL, 0); }
@@ -282,6 +282,7 @@ private:
         front_.clear();
         offset_ = 0;
         if (stored() == 0) {
+            file_.reset();
             file_begin_ = file_end_ = 0;
             failed_ = false;
             return front_.swap(back_);
@@ -1749,7 +1750,7 @@ private:
     Error init_process() {
         log(Level::Info, "Booting worker with pid: " + to_string(::getpid()));
         if (Error error = make_pipe(g_self_pipe, true)) { return error; }
-        set_signals({SIGHUP, SIGUSR1, SIGWINCH, SIGTTIN, SIGTTOU, SIGPIPE}, SIG_IGN);
+        set_signals({SIGHUP, SIGUSR1, SIGWINCH, SIGTTIN, SIGTTOU, SIGPIPE, SIGXFSZ}, SIG_IGN);
         set_signals({SIGTERM, SIGUSR2, SIGINT, SIGQUIT, SIGCHLD}, on_signal);
         block_signals(false);
         watch(g_self_pipe.first.get(), true, false);
@@ -2230,6 +2231,7 @@ private:
             if (c->pass.stored > 0) { c->body.adopt_file(raise_fd(std::move(file)), c->pass.stored); }
             c->body.append(data.substr(c->env.size()), data.size());
             c->ends.peer = lookup(c->env, "REMOTE_ADDR");
+            c->silent = false;
             set_state(*c, State::Ready);
             if (config_.timeout > 0s && now_ >= c->pass.started + config_.timeout) { expire(*c); }
             if (c->state == State::Ready && !c->pass.eof) { read_client(*c); }  // has it gone?
@@ -2871,7 +2873,7 @@ int main(int argc, char** argv) {
         fd = ::open("/dev/null", O_RDWR | (fd > 0 ? O_CLOEXEC : 0));
         if (fd > STDERR_FILENO) { ::close(fd); }
     }
-    set_signals({SIGPIPE}, SIG_IGN);
+    set_signals({SIGPIPE, SIGXFSZ}, SIG_IGN);
     g_log.error_file.reset(::fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3));
     Config config;
     std::vector<Listener> listeners;

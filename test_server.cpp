@@ -5,6 +5,126 @@
 //
 // An end-to-end test starts the real program ($SERVER, ./server by default) on port 0 with an
 // application of its own, talks to it over real sockets, and leaves no process behind.
+#ifdef FUZZ  // make fuzz: not the tests, but a target for libFuzzer
+
+#define main server_main
+#include "server.cpp"
+#undef main
+
+namespace fuzz {
+
+void require(bool holds) {
+    if (!holds) { std::abort(); }
+}
+
+/// Feeds bytes to a parser `step` at a time; what it made of them, as one string.
+string read_request(string_view bytes, size_t step) {
+    static const Config config;
+    RequestParser parser(config);
+    string in, body;
+    for (size_t fed = 0;;) {
+        in += bytes.substr(fed, step);
+        fed = std::min(fed + step, bytes.size());
+        const std::vector<char> block(in.begin(), in.end());  // exact: a read past it is seen
+        string_view left(block.data(), block.size()), piece;
+        Parse parsed;
+        while ((parsed = parser.next(left, piece)) == Parse::Data || parsed == Parse::Head) {
+            if (parsed == Parse::Data) { body += piece; }
+        }
+        if (parsed == Parse::Bad) { return "bad " + to_string(parser.error.code); }
+        if (parsed == Parse::Done || fed == bytes.size()) {
+            const bool done = parsed == Parse::Done;
+            const string block_of = make_environ(parser.request, {"1.2.3.4", "80", "", ""});
+            return string(done ? "done " : "more ") + to_string(done ? fed - left.size() : 0) +
+                   '\0' + (done ? block_of : "") + '\0' + body;
+        }
+        in = string(left);
+    }
+}
+
+/// A request means the same however it arrives, and its frame can be taken apart again.
+void requests(string_view bytes, size_t step) {
+    const string whole = read_request(bytes, std::max<size_t>(bytes.size(), 1));
+    require(whole == read_request(bytes, step));
+    if (whole.compare(0, 5, "done ") != 0) { return; }
+    string_view rest = string_view(whole).substr(whole.find('\0') + 1);
+    require(rest.substr(0, 15) == string_view("CONTENT_LENGTH\0", 15));
+    size_t names = 0;
+    for (; !rest.empty() && rest.front() != '\0'; ++names) {
+        const string_view name = cut(rest, '\0'), value = cut(rest, '\0');
+        require(!name.empty() && is_made_of(name, "!#$%&'*+-.^_`|~"));
+        require(name == "PATH_INFO" || is_field_value(value));
+        require(name != "HTTP_PROXY" && name != "HTTP_CONTENT_LENGTH");
+    }
+    require(names >= 12);
+}
+
+/// What is accepted of an application's head goes out as lines of one kind only.
+void responses(string_view bytes) {
+    Response response;
+    if (parse_response(bytes, response)) { return; }
+    string_view head = response.fields;
+    while (!head.empty()) {
+        const string_view line = cut(head, '\n');
+        require(!line.empty() && line.back() == '\r' &&
+                is_field_value(line.substr(0, line.size() - 1)));
+    }
+    require(is_field_value(response.line) && response.status >= 200 && response.status <= 999);
+}
+
+string read_frames(string_view bytes, size_t step) {
+    NetstringReader reader;
+    string events;
+    for (size_t at = 0; at < bytes.size(); at += step) {
+        const string_view part = bytes.substr(at, step);
+        const std::vector<char> block(part.begin(), part.end());
+        string_view in(block.data(), block.size()), piece;
+        for (auto event = NetstringReader::Event::Piece; event != NetstringReader::Event::NeedMore;) {
+            event = reader.next(in, piece);
+            if (event == NetstringReader::Event::Bad) { return events + "bad"; }
+            if (event == NetstringReader::Event::Piece) { events += piece; }
+            if (event == NetstringReader::Event::End) { events += "<end>"; }
+            if (event == NetstringReader::Event::Failed) { events += "<failed>"; }
+        }
+    }
+    return events;
+}
+
+/// A line of the access log is one line, whatever a client sent and however the format looks.
+void access_lines(string_view bytes) {
+    const string block = "HTTP_AUTHORIZATION" + string(1, '\0') + "Basic " + string(bytes) +
+                         string(1, '\0') + "PATH_INFO" + string(1, '\0') + string(bytes);
+    const string format(bytes.substr(0, bytes.find_first_of("\r\n")));
+    Access access;
+    access.env = access.head = block;
+    access.line = access.peer = bytes;
+    for (const string& each : {format, string("%(h)s %(u)s %(r)s %(U)s %({x}o)s %(L)s")}) {
+        const string line = access_line(each, access);
+        require(line.find('\n') == line.size() - 1);
+    }
+}
+
+}  // namespace fuzz
+
+/// The first byte chooses the part, the second the size of the pieces, the rest is the input.
+extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, size_t size) {
+    if (size < 2) { return 0; }
+    const size_t step = data[1] % 32 + 1U;
+    const string_view bytes(reinterpret_cast<const char*>(data) + 2, size - 2);
+    switch (data[0] % 4) {
+        case 0: fuzz::requests(bytes, step); break;
+        case 1: fuzz::responses(bytes); break;
+        case 2:
+            fuzz::require(fuzz::read_frames(bytes, std::max<size_t>(bytes.size(), 1)) ==
+                          fuzz::read_frames(bytes, step));
+            break;
+        case 3: fuzz::access_lines(bytes); break;
+    }
+    return 0;
+}
+
+#else
+
 #define DOCTEST_CONFIG_IMPLEMENT
 #define DOCTEST_CONFIG_NO_POSIX_SIGNALS
 #define DOCTEST_CONFIG_SUPER_FAST_ASSERTS
@@ -104,7 +224,7 @@ struct Server {
     string mark;
     pid_t pid = -1;
     int status = -1;  // as from waitpid, once it has ended
-    bool expect_sanitizer_clean = true;
+    static inline std::function<void()> before_exec;  // run in the child, where set
 
     /// Starts $SERVER with `args`, in a directory that holds `app` as app.py. The application
     /// defaults to app:app. Waits until every worker is ready, unless `wait` is false.
@@ -141,6 +261,7 @@ struct Server {
             const int err = ::open((dir.path + "/err").c_str(), O_WRONLY | O_CREAT | O_APPEND, 0644);
             ::dup2(out, 1);
             ::dup2(err, 2);
+            if (before_exec) { before_exec(); }
             vector<char*> argv;
             for (string& word : words) { argv.push_back(word.data()); }
             argv.push_back(nullptr);
@@ -237,6 +358,7 @@ struct Server {
 
 /// A client's end of a connection. Every wait is bounded.
 struct Client {
+    static inline int receive_buffer = 0;  // of those to come; 0: the system's choice
     Fd fd;
     explicit Client(const Server& server) : Client(server.port()) {}
     explicit Client(int port) {
@@ -245,6 +367,9 @@ struct Client {
         address.sin_port = htons(static_cast<uint16_t>(port));
         address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
         fd = Fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+        if (receive_buffer > 0) {
+            ::setsockopt(fd.get(), SOL_SOCKET, SO_RCVBUF, &receive_buffer, sizeof receive_buffer);
+        }
         REQUIRE(::connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) == 0);
     }
     explicit Client(const string& unix_path) {
@@ -440,6 +565,15 @@ string meaning_of(const Request& request) {
     return text + (request.chunked ? "|chunked" : "") + (request.expect_continue ? "|expect" : "");
 }
 
+/// With $FUZZ_SEEDS, the cases of the tables become the first inputs of `make fuzz`: there is a
+/// file for each in that directory. The kind is that of LLVMFuzzerTestOneInput.
+void seed(char kind, const string& bytes) {
+    static int serial = 0;
+    const char* dir = std::getenv("FUZZ_SEEDS");
+    if (dir == nullptr || bytes.size() > 4096) { return; }
+    write_file(string(dir) + "/" + to_string(++serial), string{kind, '\0'} + bytes);
+}
+
 /// Feeds a parser `step` bytes at a time, each time at another address, until it says `goal`. The
 /// meaning is what it gave of the body.
 Outcome feed(RequestParser& parser, string_view bytes, size_t step, Parse goal) {
@@ -476,6 +610,7 @@ Request request_of(string_view head) {
 
 /// The outcome of the whole head at once, which must be the one of the head byte by byte.
 Outcome parse_head(string_view bytes, const Config& config = {}) {
+    seed(0, string(bytes));
     const Outcome whole = parse_head(bytes, config, bytes.size());
     const Outcome slow = parse_head(bytes, config, small_step(bytes.size()));
     CHECK(whole.status == slow.status);
@@ -925,6 +1060,7 @@ TEST_CASE("a body is read by its framing, whole or byte by byte") {
     for (const BodyCase& row : cases) {
         CAPTURE(row.title);
         const size_t size = row.bytes.size();
+        seed(0, "POST / HTTP/1.1\r\n" + row.framing + "\r\n\r\n" + row.bytes);
         const Outcome whole = read_body(row.framing, row.bytes, {}, std::max<size_t>(size, 1));
         const Outcome slow = read_body(row.framing, row.bytes, {}, small_step(size));
         CHECK(whole.status == row.status);
@@ -1475,6 +1611,7 @@ TEST_CASE("the head of an application's response is checked") {
     for (const auto& row : cases) {
         CAPTURE(row.title);
         const Exact block("Status: " + row.head);
+        seed(1, "Status: " + row.head);
         Response response;
         const Error error = parse_response(block.view(), response);
         CHECK(!error == row.good);
@@ -1637,6 +1774,7 @@ TEST_CASE("frames of a runner are read whole or byte by byte") {
     using Event = NetstringReader::Event;
     for (const auto& row : cases) {
         CAPTURE(row.title);
+        seed(2, row.bytes);
         for (const size_t step : {std::max<size_t>(row.bytes.size(), 1), size_t{1}, size_t{3}}) {
             CAPTURE(step);
             NetstringReader reader;
@@ -1791,6 +1929,7 @@ TEST_CASE("every atom of the access log has its value, or a dash") {
     };
     for (const auto& row : cases) {
         CAPTURE(row.atom);
+        seed(3, row.atom);
         const Exact format(row.atom);
         CHECK(access_line(format.view(), full) == row.value + "\n");
         CHECK(access_line(format.view(), none) == row.without + "\n");
@@ -5492,6 +5631,358 @@ def app(environ, start_response):
     CHECK(Reply(bytes + client.read_all()).whole);
 }
 
+/// What a shell command prints, without the last line break.
+string output_of(const string& command) {
+    const std::unique_ptr<FILE, int (*)(FILE*)> pipe(::popen(command.c_str(), "r"), ::pclose);
+    string text;
+    char buffer[4096];
+    while (const size_t n = std::fread(buffer, 1, sizeof buffer, pipe.get())) {
+        text.append(buffer, n);
+    }
+    while (!text.empty() && text.back() == '\n') { text.pop_back(); }
+    return text;
+}
+
+// --- slow, hostile and broken clients, full disks, dying parts -------------------------------
+
+constexpr const char* kHold = R"py(
+
+def big(environ, start_response):
+    start_response("200 OK", [("Content-Length", "1000000")])
+    return [b"x" * 1000000]
+
+def length(environ, start_response):
+    size = 0
+    while True:
+        data = environ["wsgi.input"].read(1 << 20)
+        if not data:
+            return reply(start_response, size)
+        size += len(data)
+)py";
+
+/// Sets a limit of the server's process, and of all that it starts, until the end of a test.
+struct Limit {
+    Limit(decltype(RLIMIT_NOFILE) what, rlim_t most) {
+        Server::before_exec = [what, most] {
+            const struct rlimit limit = {most, most};
+            ::setrlimit(what, &limit);
+        };
+    }
+    ~Limit() { Server::before_exec = nullptr; }
+};
+
+/// Lets this process have some thousand connections.
+void raise_descriptors() {
+    struct rlimit limit {};
+    ::getrlimit(RLIMIT_NOFILE, &limit);
+    limit.rlim_cur = std::min<rlim_t>(limit.rlim_max, 8192);
+    ::setrlimit(RLIMIT_NOFILE, &limit);
+    REQUIRE(limit.rlim_cur > 3500);
+}
+
+/// How many of `n` plain requests in a row are answered within a second each.
+int answered(const Server& server, int n) {
+    int good = 0;
+    for (int i = 0; i < n; ++i) {
+        Client client(server);
+        good += client.send(get_bytes("/hello")) && Reply(client.read_all(1s)).body == "hello";
+    }
+    return good;
+}
+
+vector<Client> hold(const Server& server, size_t n, const string& bytes) {
+    vector<Client> held;
+    for (size_t i = 0; i < n; ++i) {
+        held.emplace_back(server);
+        held.back().send(bytes);
+    }
+    return held;
+}
+
+TEST_CASE("hundreds of slow clients are held, answered in the end, and felt by nobody") {
+    raise_descriptors();
+    const Server server(kTools + kHold, {"-w", "2", "--header-timeout", "60"});
+    REQUIRE(server.wait_ready_workers(2));
+    {
+        const vector<Client> silent = hold(server, 500, "");
+        CHECK(answered(server, 50) == 50);
+    }
+    vector<Client> heads = hold(server, 500, "GET /hello HTTP/1.1\r\n");
+    vector<Client> bodies = hold(server, 200, "POST /length HTTP/1.1\r\nContent-Length: 20\r\n\r\n");
+    for (int i = 0; i < 10; ++i) {
+        for (const Client& each : heads) { each.send("A: b\r\n"); }
+        for (const Client& each : bodies) { each.send("x"); }
+        CHECK(answered(server, 10) == 10);
+    }
+    for (Client& each : heads) {
+        each.send("\r\n");
+        REQUIRE(Reply(each.read_all()).body == "hello");
+    }
+    for (Client& each : bodies) {
+        each.send(string(10, 'x'));
+        REQUIRE(Reply(each.read_all()).body == "20");
+    }
+    Client::receive_buffer = 4096;
+    vector<Client> readers = hold(server, 200, get_bytes("/big"));
+    Client::receive_buffer = 0;
+    CHECK(wait_for([&] { return answered(server, 1) == 1; }));  // the application has made them all
+    CHECK(answered(server, 50) == 50);
+    for (Client& each : readers) {
+        const Reply reply(each.read_all());
+        REQUIRE(reply.whole);
+        REQUIRE(reply.body == string(1000000, 'x'));
+    }
+    const vector<Client> more_than_fit = hold(server, 3000, "");
+    CHECK(answered(server, 50) == 50);
+    CHECK_FALSE(contains(server.log(), "[ERROR]"));
+}
+
+/// Kilobytes of memory of its own that all processes of a server hold.
+long resident(const Server& server) {
+    long sum = 0;
+    for (const pid_t pid : processes_with(server.mark)) {
+        const string status = read_file("/proc/" + to_string(pid) + "/status");
+        const size_t at = status.find("RssAnon:");
+        if (at != string::npos) { sum += std::atol(status.c_str() + at + 8); }
+    }
+    return sum;
+}
+
+TEST_CASE("memory stays flat for bodies and responses of 300 MB, whoever is slow") {
+    Server server(kTools + R"py(
+import hashlib
+
+def up(environ, start_response):
+    digest = hashlib.sha256()
+    for piece in iter(lambda: environ["wsgi.input"].read(65536), b""):
+        digest.update(piece)
+    return reply(start_response, digest.hexdigest())
+
+def down(environ, start_response):
+    start_response("200 OK", [("Content-Length", str(300 << 20))])
+    for i in range(300):
+        yield bytes([i % 256]) * (1 << 20)
+
+def file(environ, start_response):
+    with open("zeros", "wb") as made:
+        made.truncate(300 << 20)
+    start_response("200 OK", [("Content-Length", str(300 << 20))])
+    return environ["wsgi.file_wrapper"](open("zeros", "rb"))
+)py");
+    REQUIRE(server.wait_ready_workers(2));
+    CHECK(get(server, "/hello").status == 200);
+    const long before = resident(server);
+    long most = before;
+    const auto look = [&] { most = std::max(most, resident(server)); };
+    const auto same_file = [&](const string& target, bool slow) {  // counts what comes
+        Client client(server);
+        client.send(get_bytes(target));
+        size_t size = 0;
+        string head;
+        for (int i = 0;; ++i) {
+            char buffer[262144];
+            if (!client.readable(10s)) { return size_t{0}; }
+            const ssize_t n = ::recv(client.fd.get(), buffer, sizeof buffer, 0);
+            if (n <= 0) { return size - head.find("\r\n\r\n") - 4; }
+            size += static_cast<size_t>(n);
+            if (head.empty()) { head.assign(buffer, static_cast<size_t>(n)); }
+            if (i % 200 == 0) { look(); }
+            if (slow && i < 50) { ::poll(nullptr, 0, 10); }
+        }
+    };
+    for (const bool slow : {false, true}) {
+        CHECK(same_file("/down", slow) == size_t{300} << 20);
+        CHECK(same_file("/file", slow) == size_t{300} << 20);
+    }
+    Client client(server);
+    client.send("POST /up HTTP/1.1\r\nContent-Length: " + to_string(300 << 20) + "\r\n\r\n");
+    const string piece(1 << 20, 'u');
+    for (int i = 0; i < 300; ++i) {
+        REQUIRE(client.send(piece));
+        if (i % 20 == 0) { look(); }
+    }
+    const string digest = Reply(client.read_all(20s)).body;
+    look();
+    CHECK(digest == python("import hashlib\nd = hashlib.sha256()\n"
+                           "for _ in range(300): d.update(b'u' * (1 << 20))\n"
+                           "print(d.hexdigest(), end='')\n"));
+    const char* program = std::getenv("SERVER");
+    const bool sanitized = program != nullptr && contains(program, "asan");
+    if (!sanitized) { CHECK(most - before < 24 * 1024); }
+}
+
+TEST_CASE("a full disk: uploads get 507, downloads their whole response, nothing dies") {
+    const Limit files(RLIMIT_FSIZE, 1 << 20);
+    Server server(kTools + R"py(
+
+def down(environ, start_response):
+    start_response("200 OK", [("Content-Length", str(30 << 20))])
+    for i in range(30):
+        yield bytes([i]) * (1 << 20)
+)py");
+    REQUIRE(server.wait_ready_workers(2));
+    const vector<pid_t> before = server.workers();
+    Client upload(server);
+    upload.send("POST /hello HTTP/1.1\r\nContent-Length: 4000000\r\n\r\n");
+    upload.send(string(4000000, 'x'));
+    CHECK(Reply(upload.read_all()).status == 507);
+    CHECK(server.log_has("507 to 127.0.0.1: no room on disk"));
+    CHECK(server.access_has("POST /hello HTTP/1.1\" 507 "));
+    Client reader(server);
+    reader.send(get_bytes("/down"));
+    CHECK(answered(server, 10) == 10);
+    const Reply reply(reader.read_all());
+    CHECK(reply.whole);
+    bool same = reply.body.size() == 30 << 20;
+    for (size_t i = 0; same && i < reply.body.size(); ++i) {
+        same = reply.body[i] == static_cast<char>(i >> 20);
+    }
+    CHECK(same);
+    CHECK(server.workers() == before);
+}
+
+TEST_CASE("a client that leaves: not run if queued, its upload gone at once") {
+    Server server(kTools + kOnce, {"-w", "1"});
+    const pid_t worker = server.workers()[0];
+    Client busy(server);
+    busy.send(get_bytes("/gate"));
+    REQUIRE(wait_file(server, "at_gate"));
+    vector<Client> queued = hold(server, 5, get_bytes("/once?1"));
+    vector<Client> patient = hold(server, 2, get_bytes("/once?2"));
+    ::poll(nullptr, 0, 100);  // they get into the queue
+    for (Client& each : queued) { each.reset(); }
+    CHECK(wait_for([&] { return queued.size() == 5; }));
+    Client upload(server);
+    upload.send("POST /hello HTTP/1.1\r\nContent-Length: 4000000\r\n\r\n" + string(1000000, 'x'));
+    const auto temp_files = [&] {
+        return output_of("ls -l /proc/" + to_string(worker) + "/fd | grep -v fifo | grep -c 'server-.*deleted'");
+    };
+    const string without = "1";  // the heartbeat file
+    CHECK(wait_for([&] { return temp_files() != without; }));
+    upload.reset();
+    CHECK(wait_for([&] { return temp_files() == without; }));
+    CHECK(server.access_has("POST /hello HTTP/1.1\" 499 "));
+    open_gate(server);
+    CHECK(Reply(busy.read_all()).body == "through");
+    for (Client& each : patient) { CHECK(Reply(each.read_all()).body == "ok"); }
+    CHECK(count(server.access(), "GET /once?1 HTTP/1.1\" 499 ") == 5);
+    CHECK(runs_of(server) == map<string, int>{{"2", 2}});
+}
+
+TEST_CASE("64 descriptors are enough to serve, and to hold off more clients than fit") {
+    raise_descriptors();
+    const Limit descriptors(RLIMIT_NOFILE, 64);
+    Server server(kTools + kHold);
+    REQUIRE(server.wait_ready_workers(2));
+    CHECK(server.log_has("lowered"));
+    const vector<Client> silent = hold(server, 300, "");
+    CHECK(answered(server, 20) == 20);
+    const vector<Client> heads = hold(server, 300, "GET /hello HTTP/1.1\r\n");
+    CHECK(answered(server, 20) == 20);
+    const string large(300000, 'x');
+    for (int i = 0; i < 5; ++i) {
+        CHECK(request(server.port(), post_bytes("/length", large, false)).body == "300000");
+    }
+    for (const pid_t worker : server.workers()) {
+        const long before = cpu_ticks(worker);
+        ::poll(nullptr, 0, 300);
+        CHECK(cpu_ticks(worker) - before < ::sysconf(_SC_CLK_TCK) / 10);
+    }
+}
+
+TEST_CASE("floods cost bounded time, no descriptor, no memory, and no processor time afterwards") {
+    raise_descriptors();
+    Server server(kTools + kHold, {"-w", "2"});
+    REQUIRE(server.wait_ready_workers(2));
+    CHECK(answered(server, 20) == 20);
+    const auto descriptors = [&] {
+        string counts;
+        for (const pid_t pid : processes_with(server.mark)) {
+            counts += output_of("ls /proc/" + to_string(pid) + "/fd | wc -l") + " ";
+        }
+        return counts;
+    };
+    const string before = descriptors();
+    const long memory = resident(server);
+    Random random;
+    const string parts[] = {"", "G", "\r\n", "GET /hello HTT", "GET /hello HTTP/1.1\r\n\r\n",
+                            "\x16\x03\x01 garbage \xff\xfe\r\n", "GET /hello HTTP/1.1\r\nA",
+                            "POST /length HTTP/1.1\r\nContent-Length: 100000\r\n\r\nxxx",
+                            "POST /length HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+                            "GET /big HTTP/1.1\r\n\r\n"};
+    for (int i = 0; i < 3000; ++i) {
+        Client client(server);
+        client.send(parts[random.below(std::size(parts))]);
+        if (random.below(2) != 0) { client.reset(); }
+    }
+    CHECK(answered(server, 20) == 20);
+    string pipelined;
+    for (int i = 0; i < 5000; ++i) { pipelined += get_bytes("/hello"); }
+    CHECK(Reply(request(server.port(), pipelined)).status == 200);
+    string head = "GET /hello HTTP/1.1\r\n";
+    for (int i = 0; i < 100; ++i) { head += "A" + to_string(i) + ": " + string(8180, 'x') + "\r\n"; }
+    CHECK(request(server.port(), head + "\r\n").status == 200);
+    string chunks = "POST /length HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n";
+    for (int i = 0; i < 1000000; ++i) { chunks += "1\r\nx\r\n"; }
+    CHECK(request(server.port(), chunks + "0\r\n\r\n", 30s).body == "1000000");
+    const string extension = "POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1;";
+    CHECK(request(server.port(), extension + string(3000000, 'x')).status == 400);
+    string trailers = "POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n";
+    for (int i = 0; i < 100000; ++i) { trailers += "A: b\r\n"; }
+    CHECK(request(server.port(), trailers).status == 431);
+    CHECK_MESSAGE(wait_for([&] { return descriptors() == before; }), (before + "→ " + descriptors()));
+    CHECK(answered(server, 20) == 20);
+    const char* program = std::getenv("SERVER");
+    if (program == nullptr || !contains(program, "asan")) { CHECK(resident(server) - memory < 24000); }
+    for (const pid_t pid : processes_with(server.mark)) {
+        CHECK(parent_and_state(pid).second != 'Z');
+        const long ticks = cpu_ticks(pid);
+        ::poll(nullptr, 0, 100);
+        CHECK(cpu_ticks(pid) - ticks < 2);
+    }
+}
+
+TEST_CASE("whatever dies or freezes under load, no request hangs, is answered twice, or goes unexplained") {
+    const char* length = std::getenv("FAULT_SECONDS");  // 60 for a long run
+    const auto span = seconds(length != nullptr ? std::atoi(length) : 8);
+    const char* seed = std::getenv("FAULT_SEED");
+    Random random;
+    random.state = seed != nullptr ? static_cast<uint32_t>(std::atoi(seed)) : 1;
+    Server server(kTools + kOnce, {"-w", "3", "-t", "2"});
+    REQUIRE(server.wait_ready_workers(3));
+    const Time end = Clock::now() + span;
+    Time next = Clock::now() + 300ms;
+    size_t kills = 0, stops = 0;
+    const map<string, int> answers = load(server, 12, "/jitter?id=", [&] {
+        if (Clock::now() < next) { return Clock::now() < end; }
+        next = Clock::now() + std::chrono::milliseconds(100 + random.below(400));
+        const bool worker = random.below(3) == 0, kill = random.below(3) != 0;
+        const vector<pid_t> victims = worker ? server.workers() : server.runners();
+        if (!victims.empty()) {
+            ::kill(victims[random.below(victims.size())], kill ? SIGKILL : SIGSTOP);
+            kill ? ++kills : ++stops;
+        }
+        return Clock::now() < end;
+    });
+    CAPTURE(show_answers(answers));
+    MESSAGE("killed ", kills, ", stopped ", stops, ": ", show_answers(answers));
+    size_t good = 0, lost = 0;
+    for (const auto& [answer, times] : answers) {
+        const string status = answer.substr(0, 4);
+        (answer == "200 ok" ? good : lost) += static_cast<size_t>(times);
+        CHECK((status == "200 " || status == "502 " || status == "503 " ||
+               status == "504 " || answer == "cut"));
+    }
+    CHECK(good > 500);
+    const string log = server.log();
+    const size_t named = count(log, "502 to ") + count(log, "503 to ") + count(log, "504 to ");
+    const size_t workers = count(log, "[ERROR] Worker (pid:");
+    CHECK(lost <= named + workers * 12);  // a worker takes what it holds with it, and says so
+    for (const auto& each : runs_of(server)) { REQUIRE(each.second == 1); }
+    CHECK(wait_for([&] { return server.wait_ready_workers(3) && answered(server, 20) == 20; }, 40s));
+    CHECK(wait_for([&] { return processes_with(server.mark).size() == 7; }, 40s));
+}
+
 // --- Flask and Django -----------------------------------------------------------------------
 
 constexpr const char* kFlask = R"py(
@@ -5549,18 +6040,6 @@ urlpatterns = [path("", hello), path("form", form), path("upload", upload),
 app = get_wsgi_application()
 )py";
 
-/// What a shell command prints, without the last line break.
-string output_of(const string& command) {
-    const std::unique_ptr<FILE, int (*)(FILE*)> pipe(::popen(command.c_str(), "r"), ::pclose);
-    string text;
-    char buffer[4096];
-    while (const size_t n = std::fread(buffer, 1, sizeof buffer, pipe.get())) {
-        text.append(buffer, n);
-    }
-    while (!text.empty() && text.back() == '\n') { text.pop_back(); }
-    return text;
-}
-
 TEST_CASE("Flask and Django applications run under two workers") {
     const struct {
         const char *name, *source;
@@ -5601,3 +6080,5 @@ int main(int argc, char** argv) {
     doctest::Context context(argc, argv);
     return context.run();
 }
+
+#endif
