@@ -439,35 +439,26 @@ using C = Config;
 constexpr int64_t kYear = 31'536'000, kMiB = int64_t{1} << 20;
 constexpr Option kOptions[] = {
     row<&C::bind>('b', "bind", "ADDRESS", "HOST:PORT, [V6]:PORT, unix:PATH or fd://N; repeatable"),
-    {'w', "workers", "N", "worker processes; auto: one a processor; $WEB_CONCURRENCY sets it too",
-     set_workers, get<&C::workers>},
+    {'w', "workers", "N", "worker processes; auto: one a processor", set_workers, get<&C::workers>},
     {'k', "worker-class", "NAME", "only sync", set_word<&C::worker_class, kWorkerClasses>,
      get<&C::worker_class>},
-    row<&C::timeout, 0, kYear>('t', "timeout", "SECONDS",
-                               "end an application or worker silent for so long; 0: never"),
-    row<&C::graceful_timeout, 0, kYear>(0, "graceful-timeout", "SECONDS",
-                                        "what a stopping worker has to finish its requests"),
-    row<&C::header_timeout, 1, kYear>(0, "header-timeout", "SECONDS",
-                                      "what a client has to send the head of its request"),
+    row<&C::timeout, 0, kYear>('t', "timeout", "SECONDS", "end what is silent for so long; 0: never"),
+    row<&C::graceful_timeout, 0, kYear>(0, "graceful-timeout", "SECONDS", "to finish when stopping"),
+    row<&C::header_timeout, 1, kYear>(0, "header-timeout", "SECONDS", "for the head of a request"),
     row<&C::backlog, 1, 65535>(0, "backlog", "N", "connections that wait to be accepted"),
-    row<&C::worker_connections, 1>(0, "worker-connections", "N", "that one worker holds"),
-    row<&C::limit_request_line, 0, kMiB>(0, "limit-request-line", "BYTES",
-                                         "longest request line; 0: the head's cap of 1 MiB"),
+    row<&C::worker_connections, 1>(0, "worker-connections", "N", "connections that a worker holds"),
+    row<&C::limit_request_line, 0, kMiB>(0, "limit-request-line", "BYTES", "0: 1 MiB"),
     row<&C::limit_request_fields, 1, 32768>(0, "limit-request-fields", "N", "most header fields"),
     row<&C::limit_request_field_size, 0, kMiB>(0, "limit-request-field_size", "BYTES",
                                                "longest header field; 0: the default"),
-    row<&C::limit_request_body, 0, INT64_MAX>(0, "limit-request-body", "BYTES",
-                                              "longest request body; 0: no limit"),
+    row<&C::limit_request_body, 0, INT64_MAX>(0, "limit-request-body", "BYTES", "0: no limit"),
     row<&C::chdir>(0, "chdir", "DIR", "change to this directory first"),
     row<&C::pythonpath>(0, "pythonpath", "DIRS", "to import from first; commas between several"),
-    {'e', "env", "NAME=VALUE", "set a variable for the application; repeatable", set_env,
-     get<&C::raw_env>},
-    row<&C::worker_tmp_dir>(0, "worker-tmp-dir", "DIR",
-                            "for heartbeat files; else /dev/shm, $TMPDIR or /tmp"),
+    {'e', "env", "NAME=VALUE", "for the application; repeatable", set_env, get<&C::raw_env>},
+    row<&C::worker_tmp_dir>(0, "worker-tmp-dir", "DIR", "else /dev/shm, $TMPDIR or /tmp"),
     row<&C::accesslog>(0, "access-logfile", "FILE", "write an access log; -: to stdout"),
     row<&C::access_log_format>(0, "access-logformat", "FORMAT", "what its lines look like"),
-    row<&C::errorlog>(0, "error-logfile", "FILE",
-                      "for messages and all that the application prints; -: stderr"),
+    row<&C::errorlog>(0, "error-logfile", "FILE", "for messages and what is printed; -: stderr"),
     {0, "log-file", "FILE", "the same as --error-logfile", set<&C::errorlog>, nullptr},
     {0, "log-level", "LEVEL", "debug, info, warning, error or critical",
      set_word<&C::loglevel, kLevels>, get<&C::loglevel>},
@@ -964,7 +955,14 @@ public:
     /// left and more), Done or Bad. Head: the head is complete. Data: `piece` is of the body.
     Parse next(string_view& in, string_view& piece) {
         while (part_ != Part::End) {
-            if (part_ == Part::Data) { return next_data(in, piece); }
+            if (part_ == Part::Data) {
+                piece = in.substr(0, static_cast<size_t>(std::min<int64_t>(left_, INT_MAX)));
+                if (piece.empty()) { return Parse::NeedMore; }
+                in.remove_prefix(piece.size());
+                left_ -= static_cast<int64_t>(piece.size());
+                if (left_ == 0) { part_ = request.chunked ? Part::DataEnd : Part::End; }
+                return Parse::Data;
+            }
             const size_t end = in.find('\n', scanned_);
             string_view line = in.substr(0, end);
             const bool crlf = !line.empty() && line.back() == '\r', head = part_ <= Part::Fields;
@@ -985,15 +983,6 @@ public:
 
 private:
     enum class Part { RequestLine, Fields, Data, DataEnd, ChunkSize, Trailers, End };
-
-    Parse next_data(string_view& in, string_view& piece) {
-        piece = in.substr(0, static_cast<size_t>(std::min<int64_t>(left_, INT_MAX)));
-        if (piece.empty()) { return Parse::NeedMore; }
-        in.remove_prefix(piece.size());
-        left_ -= static_cast<int64_t>(piece.size());
-        if (left_ == 0) { part_ = request.chunked ? Part::DataEnd : Part::End; }
-        return Parse::Data;
-    }
 
     Error check_size(size_t line) const {
         const bool first = part_ == Part::RequestLine, in_head = first || part_ == Part::Fields;
@@ -1020,7 +1009,7 @@ private:
             case Part::ChunkSize: return take_chunk_size(line);
             case Part::DataEnd: part_ = Part::ChunkSize; return {};
             case Part::Data:
-            case Part::End: return {};
+            case Part::End: break;
         }
         return {};
     }
