@@ -19,18 +19,22 @@
 //
 //   Signal      arbiter                                      worker
 //   TERM        graceful stop: USR2 to all workers           serve what was accepted, then leave
-//   USR2        ignored                                      the same, and empty the ready queue
+//   USR1        open the logs again                          the same; the runner, at a request
+//   USR2        ignored                                      as TERM, and empty the ready queue
 //   INT, QUIT   stop within a second                         leave at once
 //   HUP         reload: new workers, then TERM to the old    ignored
 //   TTIN, TTOU  one worker more, one worker less             ignored
+//   WINCH       with --daemon: no workers until HUP          ignored
 //   CHLD        reap_workers                                 reap_runner
 //
 // Contents: grep '^//  [0-9]' server.cpp
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <pwd.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/resource.h>
@@ -49,6 +53,7 @@
 #include <charconv>
 #include <chrono>
 #include <climits>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -360,7 +365,14 @@ struct Config {
     string access_log_format =
         "%(h)s %(l)s %(u)s %(t)s \"%(r)s\" %(s)s %(b)s \"%(f)s\" \"%(a)s\"";
     Strings bind, pythonpath, raw_env;
-    string python = "python3", runner;
+    string python = "python3", runner, forwarded_allow_ips = "127.0.0.1,::1";
+    string pidfile, user, group;
+    int umask = 0;
+    uid_t uid = 0;  // what --user and --group mean
+    gid_t gid = 0;
+    int inherited = 0;     // listening sockets from systemd, from descriptor 3 on
+    string notify_socket;  // of systemd
+    bool daemon = false;
     bool check_config = false, print_config = false, version = false, help = false;
 };
 
@@ -416,6 +428,19 @@ Error set_word(Config& config, string_view text) {
     return known ? set<Member>(config, text) : Error{1, "there is no '" + string(text) + "'"};
 }
 
+/// A file mode mask in octal digits.
+Error set_umask(Config& config, string_view text) {
+    int64_t mask = 0;
+    const bool good = parse_number(text, mask, 8) && mask <= 0777;
+    config.umask = static_cast<int>(mask);
+    return good ? Error{} : Error{1, "'" + string(text) + "' is no file mode mask"};
+}
+
+string get_umask(const Config& config) {
+    char text[8];
+    return string(text, static_cast<size_t>(std::snprintf(text, sizeof text, "%04o", config.umask)));
+}
+
 Error set_env(Config& config, string_view text) {
     const size_t equals = text.find('=');
     if (equals == 0 || equals == string::npos) { return {1, "no NAME=VALUE: " + string(text)}; }
@@ -464,6 +489,13 @@ constexpr Option kOptions[] = {
      set_word<&C::loglevel, kLevels>, get<&C::loglevel>},
     row<&C::python>(0, "python", "PATH", "the Python that runs the application"),
     row<&C::runner>(0, "runner", "CMD", "a program that answers in place of Python"),
+    row<&C::forwarded_allow_ips>(0, "forwarded-allow-ips", "IPS",
+                                 "proxies that may say https: addresses, networks or *"),
+    row<&C::daemon>('D', "daemon", nullptr, "go on in the background"),
+    row<&C::pidfile>('p', "pid", "FILE", "write the process number of the arbiter to it"),
+    row<&C::user>('u', "user", "USER", "that workers run as, by name or number"),
+    row<&C::group>('g', "group", "GROUP", "that workers run as; else the user's"),
+    {'m', "umask", "MODE", "taken off the mode of unix sockets, octal", set_umask, get_umask},
     row<&C::check_config>(0, "check-config", nullptr, "check all, load the application, and exit"),
     row<&C::print_config>(0, "print-config", nullptr, "print the settings and exit"),
     row<&C::version>('v', "version", nullptr, "print the version and exit"),
@@ -827,7 +859,7 @@ Error resolve(const Address& address, sockaddr_storage& name, socklen_t& size) {
 }
 
 /// Binds one address and listens, or takes over fd://N, which does so already.
-Error bind_address(const Address& address, int backlog, Listener& made) {
+Error bind_address(const Address& address, const Config& config, Listener& made) {
     if (address.fd >= 0) { return describe(Fd(address.fd), made); }
     sockaddr_storage name{};
     socklen_t size = 0;
@@ -837,16 +869,17 @@ Error bind_address(const Address& address, int backlog, Listener& made) {
     ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     if (address.v6) { ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on); }
     if (address.path.empty()) { limit_unsent(fd.get()); }
-    const mode_t mask = ::umask(0);  // gunicorn's default: anyone may connect to a unix socket
+    const mode_t mask = ::umask(static_cast<mode_t>(config.umask));
     const int bound = ::bind(fd.get(), reinterpret_cast<sockaddr*>(&name), size);
     ::umask(mask);
-    if (bound < 0 || ::listen(fd.get(), backlog) < 0) {
+    if (bound < 0 || ::listen(fd.get(), config.backlog) < 0) {
         return os_error("cannot listen on " + address.text);
     }
     struct stat info {};
     if (!address.path.empty() && ::lstat(address.path.c_str(), &info) == 0) {
         made.path = address.path;
         made.inode = info.st_ino;
+        if (::geteuid() == 0) { (void)!::lchown(address.path.c_str(), config.uid, config.gid); }
     }
     return describe(std::move(fd), made);
 }
@@ -861,7 +894,115 @@ void unlink_sockets(const std::vector<Listener>& listeners) {
 }
 
 // ============================================================================
-//  5. Request: bytes to meaning
+//  5. Process chores: users, files of our own, supervisors
+// ============================================================================
+
+/// Finds the numbers of --user and --group. Only root can become another user.
+Error resolve_user(Config& config) {
+    int64_t number = 0;
+    config.uid = ::geteuid();
+    config.gid = ::getegid();
+    if (!config.user.empty()) {
+        const bool numeric = parse_number(config.user, number);
+        const struct passwd* entry = numeric ? ::getpwuid(static_cast<uid_t>(number))
+                                             : ::getpwnam(config.user.c_str());
+        if (entry == nullptr && !numeric) { return {1, "there is no user '" + config.user + "'"}; }
+        config.uid = entry != nullptr ? entry->pw_uid : static_cast<uid_t>(number);
+        if (entry != nullptr) { config.gid = entry->pw_gid; }
+        if (entry != nullptr) { config.user = entry->pw_name; }
+    }
+    if (!config.group.empty()) {
+        const bool numeric = parse_number(config.group, number);
+        const struct group* entry = numeric ? nullptr : ::getgrnam(config.group.c_str());
+        if (entry == nullptr && !numeric) { return {1, "there is no group '" + config.group + "'"}; }
+        config.gid = entry != nullptr ? entry->gr_gid : static_cast<gid_t>(number);
+    }
+    const bool other = config.uid != ::geteuid() || config.gid != ::getegid();
+    return other && ::geteuid() != 0 ? Error{1, "only root can run workers as someone else"} : Error{};
+}
+
+/// In a worker: becomes the user and group that resolve_user() found.
+Error drop_privileges(const Config& config) {
+    if (config.uid == ::geteuid() && config.gid == ::getegid()) { return {}; }
+    const bool groups = config.user.empty() || ::initgroups(config.user.c_str(), config.gid) == 0;
+    const bool good = groups && ::setgid(config.gid) == 0 && ::setuid(config.uid) == 0;
+    return good ? Error{} : os_error("cannot become the user of --user");
+}
+
+/// Gives a file that root made to the user of the workers.
+void give_away(const Config& config, const Fd& file) {
+    struct stat info {};
+    const bool regular = ::fstat(file.get(), &info) == 0 && S_ISREG(info.st_mode);
+    if (regular && ::geteuid() == 0) { (void)!::fchown(file.get(), config.uid, config.gid); }
+}
+
+/// Opens the logs as the arbiter does: as root, for the user of the workers.
+Error open_own_logs(const Config& config) {
+    const Error error = open_logs(config);
+    if (config.errorlog != "-") { give_away(config, g_log.error_file); }
+    if (config.accesslog != "-") { give_away(config, g_log.access_file); }
+    return error;
+}
+
+/// The process that a pid file names, 0 if there is none.
+pid_t read_pidfile(const string& path) {
+    const Fd file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+    char text[32];
+    int64_t pid = 0;
+    const ssize_t n = file ? read_some(file, text, sizeof text) : 0;
+    string_view line(text, static_cast<size_t>(std::max<ssize_t>(n, 0)));
+    return parse_number(cut(line, '\n'), pid) ? static_cast<pid_t>(pid) : 0;
+}
+
+/// Refuses a pid file with the number of a live process in it.
+Error check_pidfile(const string& path) {
+    const pid_t pid = path.empty() ? 0 : read_pidfile(path);
+    const bool alive = pid > 0 && pid != ::getpid() && (::kill(pid, 0) == 0 || errno == EPERM);
+    return alive ? Error{1, path + " names process " + to_string(pid) + ", which runs"} : Error{};
+}
+
+/// Writes our number as a whole: nobody ever reads half of it.
+Error write_pidfile(const string& path) {
+    string temp = path + ".XXXXXX";
+    const Fd file(path.empty() ? -1 : ::mkstemp(temp.data()));
+    if (path.empty()) { return {}; }
+    const bool good = file && write_all(file, to_string(::getpid()) + "\n") &&
+                      ::fchmod(file.get(), 0644) == 0 && ::rename(temp.c_str(), path.c_str()) == 0;
+    const Error error = good ? Error{} : os_error("cannot write " + path);
+    if (!good) { ::unlink(temp.c_str()); }
+    return error;
+}
+
+/// Goes on in a process without a terminal, in a session of its own, in the same directory.
+Error daemonize(const Config& config) {
+    for (int i = 0; i < 2; ++i) {  // who is no session leader cannot get a terminal again
+        const pid_t pid = ::fork();
+        if (pid < 0) { return os_error("cannot fork"); }
+        if (pid > 0) { ::_exit(0); }
+        ::setsid();
+    }
+    const Fd null(::open("/dev/null", O_RDWR | O_CLOEXEC));
+    const Fd& log = config.errorlog == "-" ? null : g_log.error_file;
+    ::dup2(null.get(), STDIN_FILENO);
+    for (const int fd : {STDOUT_FILENO, STDERR_FILENO}) { ::dup2(log.get(), fd); }
+    return open_logs(config);
+}
+
+/// Tells systemd, where it started us and wants to know, what goes on (sd_notify(3)).
+void notify_systemd(const Config& config, const string& state) {
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    const string& path = config.notify_socket;
+    if (path.empty() || path.size() >= sizeof name.sun_path) { return; }
+    path.copy(name.sun_path, path.size());
+    if (path.front() == '@') { name.sun_path[0] = '\0'; }
+    const socklen_t size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + path.size());
+    const Fd fd(::socket(AF_UNIX, SOCK_DGRAM, 0));
+    (void)::sendto(fd.get(), state.data(), state.size(), 0, reinterpret_cast<sockaddr*>(&name), size);
+}
+
+// ============================================================================
+//  6. Request: bytes to meaning
 //
 //  Nothing here touches a socket: input is a view of what has arrived so far. The same bytes
 //  give the same result, whole or one by one. RFC 9112 throughout, and strict: what two
@@ -1150,13 +1291,52 @@ private:
     int64_t left_ = 0;                    // bytes of the body or of the chunk still to come
 };
 
+/// Whether a list of addresses and networks (10.0.0.0/8, ::1, *) holds an address. A client on a
+/// unix socket has none, and is trusted.
+bool is_listed(string_view list, const string& address) {
+    unsigned char wanted[16], listed[16];
+    const bool v6 = address.find(':') != string::npos;
+    if (address.empty() || ::inet_pton(v6 ? AF_INET6 : AF_INET, address.c_str(), wanted) != 1) {
+        return address.empty();
+    }
+    while (!list.empty()) {
+        string_view bits = trim(cut(list, ','));
+        if (bits == "*") { return true; }
+        const string network(cut(bits, '/'));
+        int64_t prefix = v6 ? 128 : 32;
+        if (::inet_pton(v6 ? AF_INET6 : AF_INET, network.c_str(), listed) != 1 ||
+            (!bits.empty() && (!parse_number(bits, prefix) || prefix > (v6 ? 128 : 32)))) {
+            continue;
+        }
+        const size_t bytes = static_cast<size_t>(prefix / 8), rest = static_cast<size_t>(prefix % 8);
+        const bool same = std::memcmp(wanted, listed, bytes) == 0;
+        if (same && (rest == 0 || ((wanted[bytes] ^ listed[bytes]) >> (8 - rest)) == 0)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/// What a proxy said of the scheme: "https", "http", or "" where its fields contradict each other.
+string forwarded_scheme(const Request& r) {
+    static constexpr const char* kSecure[][2] = {{"HTTP_X_FORWARDED_PROTO", "https"},
+                                                 {"HTTP_X_FORWARDED_PROTOCOL", "ssl"},
+                                                 {"HTTP_X_FORWARDED_SSL", "on"}};
+    int yes = 0, no = 0;
+    for (const auto& [name, value] : kSecure) {
+        const string_view said = lookup(r.fields, name);
+        if (said.data() != nullptr) { ++(said == value ? yes : no); }
+    }
+    return yes > 0 && no > 0 ? "" : yes > 0 ? "https" : "http";
+}
+
 /// Where a connection came in: SERVER_NAME, SERVER_PORT, REMOTE_ADDR, REMOTE_PORT.
 struct Endpoints {
     string server, server_port, peer, peer_port;  // all empty on a unix socket
 };
 
 /// The environ block, NAME NUL value NUL …, CONTENT_LENGTH first (PEP 3333, SCGI).
-string make_environ(const Request& r, const Endpoints& ends) {
+string make_environ(const Request& r, const Endpoints& ends, string_view scheme = "http") {
     const char* script = std::getenv("SCRIPT_NAME");
     string_view prefix = script != nullptr ? script : "", path = r.path;
     if (path.substr(0, prefix.size()) != prefix ||
@@ -1175,7 +1355,7 @@ string make_environ(const Request& r, const Endpoints& ends) {
         {"RAW_URI", r.target}, {"REQUEST_URI", r.target},
         {"SERVER_PROTOCOL", r.minor > 0 ? "HTTP/1.1" : "HTTP/1.0"}, {"SERVER_NAME", server},
         {"SERVER_PORT", port.empty() ? "80" : port}, {"REMOTE_ADDR", ends.peer},
-        {"REMOTE_PORT", ends.peer_port}};
+        {"REMOTE_PORT", ends.peer_port}, {"wsgi.url_scheme", scheme}};
     string block;
     block.reserve(512 + r.fields.size());
     add_variable(block, "CONTENT_LENGTH", r.length < 0 ? "" : to_string(r.length));
@@ -1184,7 +1364,7 @@ string make_environ(const Request& r, const Endpoints& ends) {
 }
 
 // ============================================================================
-//  6. Response: what the application said, checked, and the head that the client gets
+//  7. Response: what the application said, checked, and the head that the client gets
 // ============================================================================
 struct Response {
     int status = 0;  // 0: nothing has been said yet
@@ -1264,10 +1444,11 @@ Response error_response(int status, string& body) {
 }
 
 // ============================================================================
-//  7. Bridge: the runner, and the pipes to it
+//  8. Bridge: the runner, and the pipes to it
 //
 //  worker → runner   N:CONTENT_LENGTH NUL len NUL NAME NUL value NUL … ,body    a request (SCGI)
 //                    0:,     the client has gone; only after a whole body, ignored when idle
+//                    N:path, for the Python runner: the error log is another file from now on
 //  runner → worker   0:,     once: the application is loaded
 //                    N:Status: 200 OK\nName: value\n\n…,  N:more body,  …  0:,  a response (CGI)
 //                    0:!     instead of 0:, where it failed; without a head the worker says 500
@@ -1404,8 +1585,10 @@ class Slot:
     def serve(self, base):
         while True:
             block = self.netstring()
-            if not block:
-                continue  # "the client has gone", too late
+            if b"\0" not in block:
+                if block:
+                    reopen(block)
+                continue  # else it is "the client has gone", too late
             words = iter(block.decode("latin-1").split("\0"))
             environ = dict(zip(words, words), **base)
             self.left, self.gone, body = int(environ["CONTENT_LENGTH"] or 0), False, None
@@ -1451,6 +1634,13 @@ def report():
     import traceback  # which takes its time, and is hardly ever wanted
     os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
 
+def reopen(path):
+    """Moves what is printed to the new error log."""
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
 def main(name, paths, software, second):
     faulthandler.enable()  # SIGABRT, and crashes, print the stack of every thread
     high = min(1000, os.sysconf("SC_OPEN_MAX") // 2)
@@ -1479,7 +1669,7 @@ def main(name, paths, software, second):
     slot = Slot(pipes[:2], pipes[2], app)
     slot.write([b"0:,"])
     slot.serve({
-        "wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.errors": sys.stderr,
+        "wsgi.version": (1, 0), "wsgi.errors": sys.stderr,
         "wsgi.multithread": False, "wsgi.multiprocess": True, "wsgi.run_once": False,
         "wsgi.file_wrapper": FileWrapper, "wsgi.input_terminated": True,
         "SERVER_SOFTWARE": software})
@@ -1539,6 +1729,7 @@ struct Runner {
     Connection* current = nullptr;  // null: nobody waits for this response any more
     string request;                 // its request line, once nobody waits
     bool answered = false;          // its end frame has come
+    bool new_log = false;           // it has to be told where the error log is
     bool quick = false;             // the last response took less than kAhead
     bool ahead = false;             // a request lies in the other pipe
     Connection* next = nullptr;     // whose it is; null: nobody waits for it any more
@@ -1625,7 +1816,7 @@ string exit_text(int status) {
 }
 
 // ============================================================================
-//  8. Connection: what the worker knows of one client
+//  9. Connection: what the worker knows of one client
 //
 //  ReadHead → ReadBody → Ready → Run → Reply → Linger → Done; a refused request goes straight
 //  to Reply. Only Worker::set_state() assigns the state, and the deadline with it.
@@ -1699,7 +1890,7 @@ ssize_t exchange_message(const Fd& queue, bool send, char* data, size_t size, in
 }
 
 // ============================================================================
-//  9. Worker: one select loop between clients, the ready queue and the runner
+//  10. Worker: one select loop between clients, the ready queue and the runner
 // ============================================================================
 constexpr auto kTick = 100ms;         // how exact a deadline is
 constexpr auto kColdDelay = 20ms;     // how long select() may leave out who was silent for a tick
@@ -1739,12 +1930,13 @@ private:
     Error init_process() {
         log(Level::Info, "Booting worker with pid: " + to_string(::getpid()));
         if (Error error = make_pipe(g_self_pipe, true)) { return error; }
-        set_signals({SIGHUP, SIGUSR1, SIGWINCH, SIGTTIN, SIGTTOU, SIGPIPE, SIGXFSZ}, SIG_IGN);
-        set_signals({SIGTERM, SIGUSR2, SIGINT, SIGQUIT, SIGCHLD}, on_signal);
+        set_signals({SIGHUP, SIGWINCH, SIGTTIN, SIGTTOU, SIGPIPE, SIGXFSZ}, SIG_IGN);
+        set_signals({SIGTERM, SIGUSR1, SIGUSR2, SIGINT, SIGQUIT, SIGCHLD}, on_signal);
         block_signals(false);
         watch(g_self_pipe.first.get(), true, false);
         max_fd_ = std::max(max_fd_, queue_.second.get());
         for (const Listener& each : listeners_) { max_fd_ = std::max(max_fd_, each.fd.get()); }
+        if (Error error = drop_privileges(config_)) { return error; }
         notify();
         return boot_runner();
     }
@@ -1765,10 +1957,16 @@ private:
     void handle_signals() {
         for (int number; (number = next_signal()) >= 0;) {
             if (number == SIGCHLD) { reap_runner(); }
+            if (number == SIGUSR1) { reopen_logs(); }
             if (number == SIGTERM) { stop(Stop::Leave); }
             if (number == SIGUSR2) { stop(Stop::Drain); }
             if (number == SIGINT || number == SIGQUIT) { stop(Stop::Now); }
         }
+    }
+
+    void reopen_logs() {
+        if (Error error = open_logs(config_)) { log(Level::Error, error.text); }
+        runner_.new_log = config_.errorlog != "-" && config_.runner.empty();
     }
 
     /// Unless it is now, what has been accepted is served, also by the kernel.
@@ -2071,7 +2269,10 @@ private:
         const Request& request = c.parser.request;
         c.pass.minor = request.minor;
         c.pass.bodyless = request.method == "HEAD";
-        c.env = make_environ(request, c.ends);
+        const bool proxied = is_listed(config_.forwarded_allow_ips, c.ends.peer);
+        const string scheme = proxied ? forwarded_scheme(request) : "http";
+        if (scheme.empty()) { return refuse(c, {400, "contradicting X-Forwarded fields"}); }
+        c.env = make_environ(request, c.ends, scheme);
         set_state(c, State::ReadBody);
         if (too_large(request.length)) { return refuse(c, {413, "the body is too large"}); }
         if (request.expect_continue && !has_more && (request.chunked || request.length > 0)) {
@@ -2254,7 +2455,8 @@ private:
     /// Whether a request could go to the runner now: it is idle, or quick and has only one.
     bool wants_request() const {
         return runner_.phase == Phase::Idle ||
-               (runner_.phase == Phase::Busy && runner_.quick && !runner_.ahead && !runner_.answered &&
+               (runner_.phase == Phase::Busy && runner_.quick && !runner_.ahead &&
+                !runner_.answered && !runner_.new_log &&
                 runner_.out.size() == 0 && now_ < runner_.since + kAhead);
     }
 
@@ -2265,6 +2467,9 @@ private:
         if (runner_.phase == Phase::Idle) {
             set_state(c, State::Run);
             runner_.out = std::exchange(c.body, Spool());
+            const string& path = config_.errorlog;
+            const bool tell = std::exchange(runner_.new_log, false);
+            if (tell) { head.insert(0, to_string(path.size()) + ":" + path + ","); }
             runner_.out.prepend(head);
             runner_.current = &c;
             begin_request();
@@ -2555,7 +2760,7 @@ private:
 };
 
 // ============================================================================
-//  10. Arbiter: the master process
+//  11. Arbiter: the master process
 //
 //  It never reads a request. Its loop sleeps on the self-pipe, handles one signal at a time, and
 //  then makes the workers what they should be; nothing in it waits for a worker.
@@ -2595,6 +2800,7 @@ public:
             murder_workers();
         }
         unlink_sockets(listeners_);
+        if (read_pidfile(config_.pidfile) == ::getpid()) { ::unlink(config_.pidfile.c_str()); }
         log(Level::Info, "Shutting down: Master");
         if (!reason_.empty()) { log(Level::Error, "Reason: " + reason_); }
         return status_;
@@ -2612,28 +2818,37 @@ private:
         queue_ = {Fd(fds[0]), Fd(fds[1])};
         for (const int fd : fds) { set_flags(fd, true); }
         if (Error error = make_pipe(g_self_pipe, true)) { return error; }
-        set_signals({SIGUSR1, SIGUSR2, SIGWINCH}, SIG_IGN);
-        set_signals({SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGCHLD}, on_signal);
+        set_signals({SIGUSR2}, SIG_IGN);
+        set_signals({SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGCHLD, SIGUSR1, SIGWINCH},
+                    on_signal);
         return {};
     }
 
     void handle_signal(int number) {
         static constexpr std::pair<int, const char*> kNames[] = {
             {SIGHUP, "hup"}, {SIGINT, "int"}, {SIGQUIT, "quit"}, {SIGTERM, "term"},
-            {SIGTTIN, "ttin"}, {SIGTTOU, "ttou"}};
+            {SIGTTIN, "ttin"}, {SIGTTOU, "ttou"}, {SIGUSR1, "usr1"}, {SIGWINCH, "winch"}};
         for (const auto& [each, name] : kNames) {
             if (each == number) { log(Level::Info, string("Handling signal: ") + name); }
         }
         if (number == SIGHUP && !stopping_) { handle_hup(); }
         if (number == SIGTERM && !stopping_) { halt(SIGUSR2); }
         if (number == SIGINT || number == SIGQUIT) { halt(SIGQUIT); }
+        if (number == SIGUSR1) { handle_usr1(); }
+        if (number == SIGWINCH && config_.daemon) { paused_ = true; }
         if (number == SIGTTIN) { ++num_workers_; }
         if (number == SIGTTOU) { num_workers_ = std::max(1, num_workers_ - 1); }
     }
 
+    /// The log files are new ones; only then do the workers open them, perhaps as another user.
+    void handle_usr1() {
+        if (Error error = open_own_logs(config_)) { log(Level::Error, error.text); }
+        for (const WorkerInfo& worker : workers_) { ::kill(worker.pid, SIGUSR1); }
+    }
+
     /// SIGUSR2: workers finish what they have. SIGQUIT, also later: they leave at once.
     void halt(int number) {
-        stopping_ = true;
+        if (!std::exchange(stopping_, true)) { notify_systemd(config_, "STOPPING=1"); }
         for (Listener& each : listeners_) { each.fd.reset(); }
         for (WorkerInfo& worker : workers_) { stop_worker(worker, number); }
     }
@@ -2649,7 +2864,11 @@ private:
     /// then the old ones go (read_heartbeats, manage_workers); if it fails they stay.
     void handle_hup() {
         log(Level::Info, "Hang up: Master");
-        if (Error error = open_logs(config_)) { log(Level::Error, error.text); }
+        const auto now = std::chrono::duration_cast<microseconds>(now_.time_since_epoch());
+        notify_systemd(config_, "RELOADING=1\nMONOTONIC_USEC=" + to_string(now.count()));
+        tell_ready_ = true;
+        paused_ = false;
+        if (Error error = open_own_logs(config_)) { log(Level::Error, error.text); }
         for (WorkerInfo& worker : workers_) {
             if (worker.pid == canary_) { stop_worker(worker, SIGTERM); }
         }
@@ -2729,18 +2948,22 @@ private:
     /// all of these are ready.
     void manage_workers() {
         if (stopping_) { return; }
+        const int wanted = paused_ ? 0 : num_workers_;
         int alive = 0, ready = 0;
         for (const WorkerInfo& worker : workers_) {
             const bool counts = worker.generation == generation_ && !worker.stopping;
             alive += counts ? 1 : 0;
             ready += counts && worker.booted ? 1 : 0;
         }
-        while (alive < num_workers_ && now_ >= spawn_again_ && spawn_worker(generation_) > 0) {
+        if (std::exchange(tell_ready_, tell_ready_ && (ready == 0 || canary_ > 0)) && !tell_ready_) {
+            notify_systemd(config_, "READY=1\nSTATUS=" + to_string(wanted) + " workers");
+        }
+        while (alive < wanted && now_ >= spawn_again_ && spawn_worker(generation_) > 0) {
             ++alive;
         }
         for (WorkerInfo& worker : workers_) {  // the oldest first
-            const bool old = worker.generation < generation_ && ready >= num_workers_;
-            const bool surplus = worker.generation == generation_ && alive > num_workers_;
+            const bool old = worker.generation < generation_ && ready >= wanted;
+            const bool surplus = worker.generation == generation_ && alive > wanted;
             if (worker.stopping || !(old || surplus)) { continue; }
             stop_worker(worker, SIGTERM);
             alive -= surplus ? 1 : 0;
@@ -2751,6 +2974,7 @@ private:
     pid_t spawn_worker(int generation) {
         Fd tmp;
         Error error = make_temp_file(config_.worker_tmp_dir, tmp);
+        give_away(config_, tmp);
         const pid_t arbiter = ::getpid();
         block_signals(true);
         const pid_t pid = error ? -1 : ::fork();
@@ -2781,6 +3005,8 @@ private:
     pid_t canary_ = -1;
     int failures_ = 0, status_ = 0;
     bool stopping_ = false, ever_booted_ = false, aborting_ = false;
+    bool paused_ = false;     // by WINCH: no workers
+    bool tell_ready_ = true;  // systemd waits to hear that we are
     Time now_ = Clock::now(), spawn_again_ = now_;
     string reason_;
 };
@@ -2794,6 +3020,16 @@ private:
 Error apply(Config& config, rlim_t& files) {
     if (!config.chdir.empty() && ::chdir(config.chdir.c_str()) < 0) {
         return os_error("cannot change to " + config.chdir);
+    }
+    const auto variable = [](const char* name) {
+        const char* value = std::getenv(name);
+        return string(value != nullptr ? value : "");
+    };
+    int64_t inherited = 0;
+    config.notify_socket = variable("NOTIFY_SOCKET");
+    if (variable("LISTEN_PID") == to_string(::getpid()) &&
+        parse_number(variable("LISTEN_FDS"), inherited)) {
+        config.inherited = static_cast<int>(std::min<int64_t>(inherited, 64));
     }
     for (const char* name : {"LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID",
                              "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
@@ -2816,7 +3052,14 @@ Error apply(Config& config, rlim_t& files) {
     }
     Fd probe;
     if (Error error = make_temp_file(config.worker_tmp_dir, probe)) { return error; }
-    if (Error error = open_logs(config)) { return error; }
+    if (Error error = resolve_user(config)) { return error; }
+    if (Error error = check_pidfile(config.pidfile)) { return error; }
+    char cwd[PATH_MAX] = ".";
+    const bool relative = config.errorlog != "-" && config.errorlog.substr(0, 1) != "/";
+    if (relative && !config.errorlog.empty() && ::getcwd(cwd, sizeof cwd) != nullptr) {
+        config.errorlog = cwd + ("/" + config.errorlog);  // the application may change directories
+    }
+    if (Error error = open_own_logs(config)) { return error; }
     if (config.worker_connections > most) {
         log(Level::Warning, "--worker-connections lowered from " +
                                 to_string(config.worker_connections) + " to " + to_string(most) +
@@ -2846,9 +3089,12 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
     for (const string& text : config.bind) {
         if (Error error = parse_address(text, addresses.emplace_back())) { return error; }
     }
+    for (int fd = 3; fd < 3 + config.inherited; ++fd) {
+        if (Error error = describe(Fd(fd), listeners.emplace_back())) { return error; }
+    }
     for (const Address& address : addresses) {
-        if (config.check_config) { break; }
-        if (Error error = bind_address(address, config.backlog, listeners.emplace_back())) {
+        if (config.check_config || config.inherited > 0) { break; }
+        if (Error error = bind_address(address, config, listeners.emplace_back())) {
             return error;
         }
     }
@@ -2878,5 +3124,8 @@ int main(int argc, char** argv) {
         return std::fprintf(stderr, "Error: %s\n", error.text.c_str()), error.code;
     }
     if (config.check_config) { return check_app(config, files); }
+    if (config.daemon) { error = daemonize(config); }
+    if (!error) { error = write_pidfile(config.pidfile); }
+    if (error) { return log(Level::Critical, error.text), error.code; }
     return Arbiter(config, std::move(listeners), files).run();
 }

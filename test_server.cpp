@@ -1473,6 +1473,8 @@ TEST_CASE("an option takes its value in every usual form") {
         {"worker-connections", "7"}, {"limit-request-line", "7"}, {"limit-request-fields", "7"},
         {"limit-request-field_size", "7"}, {"limit-request-body", "7"}, {"chdir", "/x"},
         {"pythonpath", "/a,/b"}, {"env", "A=b=c"}, {"worker-tmp-dir", "/x"},
+        {"forwarded-allow-ips", "*"}, {"pid", "/x"}, {"user", "x"}, {"group", "x"},
+        {"umask", "0027"},
         {"access-logfile", "-"}, {"access-logformat", "%(s)s"}, {"error-logfile", "/x"},
         {"log-level", "debug"}, {"python", "/x"}, {"runner", "cmd -x"}};
     for (const auto& each : values) {
@@ -1518,6 +1520,8 @@ TEST_CASE("what stands on the command line wrongly is refused with its exit stat
         {{"--log-level", "loud"}, "error 1"}, {{"-e", "A"}, "error 1"},
         {{"-e", "=b"}, "error 1"},      {{"-w", "0"}, "error 1"},
         {{"-w0"}, "error 1"},           {{"--backlog", "1e9"}, "error 2"},
+        {{"-m", "8"}, "error 1"},       {{"-m", "1000"}, "error 1"},
+        {{"-m", ""}, "error 1"},        {{"-m", "-1"}, "error 1"},
         {{"-w", "Auto"}, "error 2"},    {{}, "app_example:app"},
         {{"m"}, "m"},                   {{"--", "-m:a"}, "-m:a"},
         {{"-w", "3", "--", "m:a"}, "m:a"}, {{"--", "m:a", "-w"}, "error 2"},
@@ -5563,10 +5567,12 @@ def app(environ, start_response):
 
 TEST_CASE("signals that mean nothing to the arbiter do not end it") {
     const Server server(kHello, {"-w", "1"});
-    for (const int number : {SIGUSR1, SIGUSR2, SIGWINCH}) { server.signal(number); }
+    const vector<pid_t> before = server.workers();
+    for (const int number : {SIGUSR2, SIGWINCH}) { server.signal(number); }
     server.signal(SIGTTIN);
     CHECK(server.log_has("Handling signal: ttin"));
     CHECK(get(server).status == 200);
+    CHECK(has_pid(server.workers(), before[0]));  // WINCH is for a daemon
 }
 
 TEST_CASE("an idle server sleeps") {
@@ -5981,6 +5987,273 @@ TEST_CASE("whatever dies or freezes under load, no request hangs, is answered tw
     for (const auto& each : runs_of(server)) { REQUIRE(each.second == 1); }
     CHECK(wait_for([&] { return server.wait_ready_workers(3) && answered(server, 20) == 20; }, 40s));
     CHECK(wait_for([&] { return processes_with(server.mark).size() == 7; }, 40s));
+}
+
+// --- signals, daemons, users, supervisors, proxies -------------------------------------------
+
+TEST_CASE("addresses are found in a list of addresses and networks") {
+    const struct {
+        string list, address;
+        bool listed;
+    } cases[] = {
+        {"127.0.0.1,::1", "127.0.0.1", true},    {"127.0.0.1,::1", "::1", true},
+        {"127.0.0.1,::1", "127.0.0.2", false},   {"127.0.0.1,::1", "::2", false},
+        {"127.0.0.1, 10.0.0.1", "10.0.0.1", true}, {"*", "8.8.8.8", true},
+        {"*", "2001:db8::1", true},              {"", "127.0.0.1", false},
+        {"", "", true},                          {"10.0.0.0/8", "10.255.1.2", true},
+        {"10.0.0.0/8", "11.0.0.1", false},       {"192.168.4.0/22", "192.168.7.255", true},
+        {"192.168.4.0/22", "192.168.8.0", false}, {"0.0.0.0/0", "1.2.3.4", true},
+        {"0.0.0.0/0", "::1", false},             {"2001:db8::/33", "2001:db8:7fff::1", true},
+        {"2001:db8::/33", "2001:db8:8000::1", false}, {"::/0", "1.2.3.4", false},
+        {"10.0.0.0/33", "10.0.0.0", false},      {"10.0.0.0/x", "10.0.0.0", false},
+        {"nonsense,10.0.0.1", "10.0.0.1", true}, {"10.0.0.1", "nonsense", false},
+    };
+    for (const auto& row : cases) {
+        CAPTURE(row.list);
+        CAPTURE(row.address);
+        CHECK(is_listed(Exact(row.list).view(), row.address) == row.listed);
+    }
+}
+
+TEST_CASE("a trusted proxy says whether the client came by https") {
+    const struct {
+        string fields;
+        int status;
+        string trusted, other = "http";
+    } cases[] = {
+        {"", 200, "http"},
+        {"X-Forwarded-Proto: https\r\n", 200, "https"},
+        {"X-Forwarded-Proto: http\r\n", 200, "http"},
+        {"X-Forwarded-Protocol: ssl\r\n", 200, "https"},
+        {"X-Forwarded-Ssl: on\r\n", 200, "https"},
+        {"X-Forwarded-Ssl: off\r\n", 200, "http"},
+        {"X-Forwarded-Proto: https\r\nX-Forwarded-Ssl: on\r\n", 200, "https"},
+        {"X-Forwarded-Proto: https\r\nX-Forwarded-Ssl: off\r\n", 400, ""},
+        {"X-Forwarded-Proto: http\r\nX-Forwarded-Protocol: ssl\r\n", 400, ""},
+    };
+    const Server trusting(kProbe), distrusting(kProbe, {"--forwarded-allow-ips", "10.0.0.0/8"});
+    for (const auto& row : cases) {
+        CAPTURE(row.fields);
+        const Reply yes = exchange(Client(trusting), http("GET /", row.fields));
+        CHECK(yes.status == row.status);
+        if (row.status == 200) { CHECK(has_line(yes.body, "wsgi.url_scheme=" + row.trusted)); }
+        const Reply no = exchange(Client(distrusting), http("GET /", row.fields));
+        CHECK(has_line(no.body, "wsgi.url_scheme=http"));
+    }
+    const TempDir dir;
+    const Server on_unix(kProbe, {"-b", "unix:" + dir.path + "/s", "--forwarded-allow-ips", ""});
+    const Reply reply = exchange(Client(dir.path + "/s"), http("GET /", "X-Forwarded-Ssl: on\r\n"));
+    CHECK(has_line(reply.body, "wsgi.url_scheme=https"));
+}
+
+constexpr const char* kTalkative = R"py(
+def app(environ, start_response):
+    print("printed", environ["PATH_INFO"])
+    start_response("200 OK", [("Content-Length", "2")])
+    return [b"ok"]
+)py";
+
+TEST_CASE("USR1 moves both logs, and what the application prints, to new files") {
+    const TempDir dir;
+    const string access = dir.path + "/access", errors = dir.path + "/errors";
+    Server server(kTalkative, {"--access-logfile", access, "--error-logfile", errors}, {}, false);
+    const auto ask = [&](const string& target) {
+        const int port = std::atoi(read_file(errors).substr(read_file(errors).find("127.0.0.1:") + 10).c_str());
+        return request(port, get_bytes(target)).body;
+    };
+    REQUIRE(wait_for([&] { return contains(read_file(errors), "Listening at") && server.ready_workers() == 2; }));
+    CHECK(ask("/one") == "ok");
+    CHECK(wait_for([&] { return contains(read_file(errors), "printed /one"); }));
+    const int port = std::atoi(read_file(errors).substr(read_file(errors).find("127.0.0.1:") + 10).c_str());
+    REQUIRE(::rename(access.c_str(), (access + ".1").c_str()) == 0);
+    REQUIRE(::rename(errors.c_str(), (errors + ".1").c_str()) == 0);
+    server.signal(SIGUSR1);
+    REQUIRE(wait_for([&] { return exists(access) && exists(errors); }));
+    const string old_access = read_file(access + ".1");
+    const auto moved = [&] {  // by both workers
+        for (const pid_t pid : server.workers()) {
+            const string links = output_of("ls -l /proc/" + to_string(pid) + "/fd");
+            if (contains(links, access + ".1") || contains(links, errors + ".1")) { return false; }
+        }
+        return true;
+    };
+    CHECK(wait_for(moved));
+    for (int i = 0; i < 20; ++i) { CHECK(request(port, get_bytes("/two")).body == "ok"); }
+    CHECK(wait_for([&] { return count(read_file(errors), "printed /two") == 20; }));
+    CHECK(count(read_file(access), "GET /two") == 20);
+    CHECK(read_file(access + ".1") == old_access);
+    CHECK_FALSE(contains(read_file(errors + ".1"), "/two"));
+}
+
+Reply request_unix(const string& path, const string& bytes) {
+    Client client(path);
+    client.send(bytes);
+    return Reply(client.read_all());
+}
+
+/// The numbers behind a name in /proc/PID/status.
+string process_ids(pid_t pid, const string& name) {
+    const string status = read_file("/proc/" + to_string(pid) + "/status");
+    const size_t at = status.find("\n" + name + ":") + name.size() + 2;
+    return string(trim(string_view(status).substr(at, status.find('\n', at) - at)));
+}
+
+TEST_CASE("workers and runners run as --user and --group, and their files belong to them") {
+    if (::geteuid() != 0) { return; }
+    const TempDir dir;
+    ::chmod(dir.path.c_str(), 0755);
+    const struct passwd nobody = *::getpwnam("nobody");
+    const gid_t group = ::getgrnam("nogroup")->gr_gid;
+    const string access = dir.path + "/access", errors = dir.path + "/errors", path = dir.path + "/s";
+    Server server(kTalkative, {"-u", "nobody", "-g", "nogroup", "-b", "unix:" + path, "-m", "0027",
+                               "--access-logfile", access, "--error-logfile", errors}, {}, false);
+    ::chmod(server.dir.path.c_str(), 0755);
+    REQUIRE(wait_for([&] { return server.ready_workers() == 2; }));
+    const auto owner = [](const string& file) {
+        struct stat info {};
+        return ::stat(file.c_str(), &info) == 0 ? std::make_pair(info.st_uid, info.st_gid)
+                                                : std::make_pair(uid_t{0}, gid_t{0});
+    };
+    const auto expected = std::make_pair(nobody.pw_uid, group);
+    const auto check_all = [&] {
+        const string uid = to_string(nobody.pw_uid), gid = to_string(group), tab = "\t";
+        vector<pid_t> pids = server.runners();
+        for (const pid_t pid : server.workers()) { pids.push_back(pid); }
+        CHECK(pids.size() == 4);
+        for (const pid_t pid : pids) {
+            CHECK(process_ids(pid, "Uid") == uid + tab + uid + tab + uid + tab + uid);
+            CHECK(process_ids(pid, "Gid") == gid + tab + gid + tab + gid + tab + gid);
+            CHECK(process_ids(pid, "Groups") == gid);
+        }
+        for (const string& file : {access, errors, path}) { CHECK((owner(file) == expected)); }
+        CHECK(request_unix(path, get_bytes("/x")).body == "ok");
+    };
+    CHECK(process_ids(server.pid, "Uid").substr(0, 2) == "0\t");
+    check_all();
+    struct stat info {};
+    CHECK((::stat(path.c_str(), &info) == 0 && (info.st_mode & 0777) == 0750));
+    const string beats = output_of("stat -Lc %U /proc/" + to_string(server.pid) +
+                                   "/fd/* 2>/dev/null | grep -c nobody");
+    CHECK(std::atoi(beats.c_str()) >= 2);  // the heartbeat files
+    REQUIRE(::rename(access.c_str(), (access + ".1").c_str()) == 0);
+    REQUIRE(::rename(errors.c_str(), (errors + ".1").c_str()) == 0);
+    server.signal(SIGUSR1);
+    CHECK(wait_for([&] { return (owner(access) == expected) && (owner(errors) == expected); }));
+    CHECK(wait_for([&] {
+        (void)request_unix(path, get_bytes("/late"));
+        return contains(read_file(errors), "printed /late") && contains(read_file(access), "GET /late");
+    }));
+    const vector<pid_t> before = server.workers();
+    server.signal(SIGHUP);
+    CHECK(wait_for([&] {
+        const vector<pid_t> now = server.workers();
+        return now.size() == 2 && !has_pid(before, now[0]) && !has_pid(before, now[1]);
+    }, 10s));
+    check_all();
+    CHECK(run_to_end({"-u", "no-such-user", "app:app"}).code == 1);
+    CHECK(run_to_end({"-g", "no-such-group", "app:app"}).code == 1);
+}
+
+TEST_CASE("a daemon goes on in the background, and its pid file names it as long as it lives") {
+    const TempDir dir;
+    write_file(dir.path + "/app.py", kTalkative);
+    const string pidfile = dir.path + "/pid", errors = dir.path + "/errors";
+    const vector<string> args{"-D", "-p", pidfile, "--chdir", dir.path, "--error-logfile", errors,
+                              "--python", "/usr/bin/python3", "-b", "127.0.0.1:0", "app:app"};
+    CHECK(run_to_end(args).code == 0);
+    REQUIRE(wait_for([&] { return exists(pidfile) && contains(read_file(errors), "Listening at"); }));
+    const pid_t pid = read_pidfile(pidfile);
+    REQUIRE(pid > 1);
+    const auto tree = [&] { return output_of("pgrep -P " + to_string(pid) + " | wc -l"); };
+    CHECK(::getsid(pid) != ::getsid(0));
+    CHECK(output_of("readlink /proc/" + to_string(pid) + "/fd/0") == "/dev/null");
+    CHECK(output_of("readlink /proc/" + to_string(pid) + "/fd/1") == errors);
+    CHECK(output_of("readlink /proc/" + to_string(pid) + "/cwd") == dir.path);
+    CHECK(output_of("stat -c %a " + pidfile) == "644");
+    const string log = read_file(errors);
+    const int port = std::atoi(log.c_str() + log.find("127.0.0.1:") + 10);
+    CHECK(request(port, get_bytes("/x")).body == "ok");
+    CHECK(wait_for([&] { return contains(read_file(errors), "printed /x"); }));
+    const Ran second = run_to_end(args);
+    CHECK(second.code == 1);
+    CHECK(contains(second.err, to_string(pid)));
+    CHECK(read_pidfile(pidfile) == pid);
+    ::kill(pid, SIGWINCH);
+    CHECK(wait_for([&] { return tree() == "0"; }));
+    ::kill(pid, SIGHUP);
+    CHECK(wait_for([&] { return tree() == "2"; }));
+    CHECK(request(port, get_bytes("/y")).body == "ok");
+    ::kill(pid, SIGTERM);
+    CHECK(wait_for([&] { return !alive(pid); }));
+    CHECK_FALSE(exists(pidfile));
+    write_file(pidfile, "999999999\n");  // of a process that is no more
+    CHECK(run_to_end(args).code == 0);
+    REQUIRE(wait_for([&] { return read_pidfile(pidfile) != 999999999; }));
+    const pid_t again = read_pidfile(pidfile);
+    ::kill(again, SIGQUIT);
+    CHECK(wait_for([&] { return !alive(again); }));
+    CHECK_FALSE(exists(pidfile));
+}
+
+TEST_CASE("systemd hands over sockets, and hears what goes on") {
+    const TempDir dir;
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    (dir.path + "/notify").copy(name.sun_path, sizeof name.sun_path - 1);
+    const Fd hears(::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0));
+    REQUIRE(::bind(hears.get(), reinterpret_cast<sockaddr*>(&name), sizeof name) == 0);
+    string heard;
+    const auto hear = [&](const string& text) {
+        return wait_for([&] {
+            char buffer[1000];
+            const ssize_t n = ::recv(hears.get(), buffer, sizeof buffer, MSG_DONTWAIT);
+            if (n > 0) { heard += string(buffer, static_cast<size_t>(n)) + "\n"; }
+            return contains(heard, text);
+        });
+    };
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    vector<Fd> sockets;
+    vector<int> ports;
+    for (int i = 0; i < 2; ++i) {
+        sockets.emplace_back(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+        address.sin_port = 0;
+        REQUIRE(::bind(sockets.back().get(), reinterpret_cast<sockaddr*>(&address), sizeof address) == 0);
+        REQUIRE(::listen(sockets.back().get(), 5) == 0);
+        socklen_t size = sizeof address;
+        ::getsockname(sockets.back().get(), reinterpret_cast<sockaddr*>(&address), &size);
+        ports.push_back(ntohs(address.sin_port));
+    }
+    Server::before_exec = [&] {
+        for (int i = 0; i < 2; ++i) { ::dup2(sockets[static_cast<size_t>(i)].get(), 100 + i); }
+        for (int i = 0; i < 2; ++i) { ::dup2(100 + i, 3 + i), ::close(100 + i); }
+        ::setenv("LISTEN_PID", to_string(::getpid()).c_str(), 1);
+        ::setenv("LISTEN_FDS", "2", 1);
+        ::setenv("NOTIFY_SOCKET", (dir.path + "/notify").c_str(), 1);
+    };
+    Server server(kTools + R"py(
+def env(environ, start_response):
+    return reply(start_response, sorted(k for k in os.environ if k[:6] in ("LISTEN", "NOTIFY")))
+)py");
+    Server::before_exec = nullptr;
+    CHECK(hear("READY=1\nSTATUS=2 workers"));
+    for (const int port : ports) {
+        CHECK(contains(server.log(), "http://127.0.0.1:" + to_string(port)));
+        CHECK(request(port, get_bytes("/env")).body == "[]");
+    }
+    heard.clear();
+    server.signal(SIGHUP);
+    CHECK(hear("RELOADING=1\nMONOTONIC_USEC="));
+    CHECK(hear("READY=1"));
+    heard.clear();
+    write_file(server.dir.path + "/app.py", "no python\n");
+    server.signal(SIGHUP);
+    CHECK(hear("RELOADING=1"));
+    CHECK(hear("READY=1"));  // the old workers go on
+    server.signal(SIGTERM);
+    CHECK(hear("STOPPING=1"));
+    CHECK(server.wait_end());
 }
 
 // --- Flask and Django -----------------------------------------------------------------------
