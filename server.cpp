@@ -358,6 +358,7 @@ void wait_ready(int max_fd, fd_set& reads, fd_set& writes, Time until) {
 struct Config {
     string app = "app_example:app", worker_class = "sync";
     int workers = 2, backlog = 2048, worker_connections = 1000;
+    int max_requests = 0, max_requests_jitter = 0;
     int limit_request_line = 4094, limit_request_fields = 100, limit_request_field_size = 8190;
     int64_t limit_request_body = int64_t{1} << 30;
     seconds timeout{30}, graceful_timeout{30}, header_timeout{10};
@@ -472,6 +473,8 @@ constexpr Option kOptions[] = {
     row<&C::header_timeout, 1, kYear>(0, "header-timeout", "SECONDS", "for the head of a request"),
     row<&C::backlog, 1, 65535>(0, "backlog", "N", "connections that wait to be accepted"),
     row<&C::worker_connections, 1>(0, "worker-connections", "N", "connections that a worker holds"),
+    row<&C::max_requests, 0>(0, "max-requests", "N", "then a new runner; 0: never"),
+    row<&C::max_requests_jitter, 0>(0, "max-requests-jitter", "N", "at random, up to N more"),
     row<&C::limit_request_line, 0, kMiB>(0, "limit-request-line", "BYTES", "0: 1 MiB"),
     row<&C::limit_request_fields, 1, 32768>(0, "limit-request-fields", "N", "most header fields"),
     row<&C::limit_request_field_size, 0, kMiB>(0, "limit-request-field_size", "BYTES",
@@ -1737,6 +1740,7 @@ struct Runner {
     Time deadline = Time::max();    // of the next frame
     Time kill_at = Time::max();     // SIGKILL for a runner that should be gone
     int signal = 0;                 // the last signal that we sent it
+    int left = 0;                   // requests until its successor is started; 0: no limit
 
     void close_requests() {
         for (Fd* end : {&to[0], &to[1], &back[0], &back[1]}) { end->reset(); }
@@ -1920,6 +1924,9 @@ public:
             return kWorkerBootError;
         }
         while (status_ == 0 && (runner_.phase != Phase::Down || has_work())) { turn(); }
+        for (const Runner* each : {&predecessor_, &successor_}) {
+            if (each->pid > 0) { ::kill(-each->pid, SIGKILL); }
+        }
         log(Level::Info, "Worker exiting (pid: " + to_string(::getpid()) + ")");
         return status_;
     }
@@ -1937,6 +1944,7 @@ private:
         max_fd_ = std::max(max_fd_, queue_.second.get());
         for (const Listener& each : listeners_) { max_fd_ = std::max(max_fd_, each.fd.get()); }
         if (Error error = drop_privileges(config_)) { return error; }
+        ::srandom(static_cast<unsigned>(::getpid()));
         notify();
         return boot_runner();
     }
@@ -2003,6 +2011,7 @@ private:
         if (is_set(g_self_pipe.first, reads)) { handle_signals(); }
         if (is_set(to(), writes)) { feed_runner(); }
         if (is_set(runner_.from, reads)) { read_runner(); }
+        if (is_set(successor_.from, reads)) { read_successor(); }
         if (is_set(queue_.second, reads)) { next_request(true); }
         for (int fd = 0; fd <= max_fd_; ++fd) {
             const bool readable = FD_ISSET(fd, &reads), writable = FD_ISSET(fd, &writes);
@@ -2025,6 +2034,7 @@ private:
     Time prepare(fd_set& reads, fd_set& writes) {
         if (runner_.from && !stalled()) { FD_SET(runner_.from.get(), &reads); }
         if (to() && runner_.out.size() > 0) { FD_SET(to().get(), &writes); }
+        if (successor_.from) { FD_SET(successor_.from.get(), &reads); }
         const bool room = connected_ <= config_.worker_connections || find_victim() != nullptr;
         if (wants_request() && room && takes_from_queue()) {
             FD_SET(queue_.second.get(), &reads);
@@ -2070,6 +2080,7 @@ private:
         }
         if (now_ >= runner_.deadline) { hung_app(); }
         if (now_ >= runner_.kill_at) { signal_runner(SIGKILL); }
+        if (now_ >= predecessor_.kill_at) { ::kill(-predecessor_.pid, SIGKILL); }
         if (runner_.phase == Phase::Down && now_ >= restart_at_ && has_work()) {
             if (Error error = boot_runner()) { log(Level::Error, error.text); }
         }
@@ -2269,8 +2280,9 @@ private:
         const Request& request = c.parser.request;
         c.pass.minor = request.minor;
         c.pass.bodyless = request.method == "HEAD";
-        const bool proxied = is_listed(config_.forwarded_allow_ips, c.ends.peer);
-        const string scheme = proxied ? forwarded_scheme(request) : "http";
+        string scheme = forwarded_scheme(request);
+        const bool said = scheme != "http";
+        if (said && !is_listed(config_.forwarded_allow_ips, c.ends.peer)) { scheme = "http"; }
         if (scheme.empty()) { return refuse(c, {400, "contradicting X-Forwarded fields"}); }
         c.env = make_environ(request, c.ends, scheme);
         set_state(c, State::ReadBody);
@@ -2456,7 +2468,7 @@ private:
     bool wants_request() const {
         return runner_.phase == Phase::Idle ||
                (runner_.phase == Phase::Busy && runner_.quick && !runner_.ahead &&
-                !runner_.answered && !runner_.new_log &&
+                !runner_.answered && !runner_.new_log && successor_.phase != Phase::Idle &&
                 runner_.out.size() == 0 && now_ < runner_.since + kAhead);
     }
 
@@ -2657,7 +2669,37 @@ private:
             runner_.phase = Phase::Idle;
             runner_.deadline = Time::max();
         }
+        if (runner_.left > 0 && --runner_.left == 0) { start_successor(); }
+        take_over();
         next_request(++served_ % 8 == 0);
+    }
+
+    /// The runner has had its --max-requests: another is started, and until that has loaded the
+    /// application this one goes on.
+    void start_successor() {
+        runner_.left = 1;  // should it fail, or another be on its way yet, the next request tries again
+        if (successor_.pid > 0 || predecessor_.pid > 0 || now_ < succeed_again_) { return; }
+        if (Error error = boot(successor_)) { return log(Level::Error, error.text); }
+        log(Level::Info, "Autorestarting runner (pid:" + to_string(runner_.pid) + ")");
+    }
+
+    void read_successor() {
+        char frame[4];  // nothing else may come from it yet
+        const bool ready = read_some(successor_.from, frame, 4) == 3 && string_view(frame, 3) == "0:,";
+        if (!ready) {
+            ::kill(-successor_.pid, SIGKILL);
+            return successor_.from.reset();
+        }
+        successor_.phase = Phase::Idle;
+        take_over();
+    }
+
+    /// An idle runner makes way for its successor, and leaves as any Python program does.
+    void take_over() {
+        if (successor_.phase != Phase::Idle || runner_.phase != Phase::Idle) { return; }
+        predecessor_ = std::exchange(runner_, std::exchange(successor_, Runner()));
+        predecessor_.close_requests();
+        predecessor_.kill_at = now_ + config_.graceful_timeout;
     }
 
     /// What waits here has not waited for long, what waits in the queue has: that goes first.
@@ -2704,6 +2746,14 @@ private:
     /// The runner has ended: its request is answered, and another runner will start.
     void reap_runner() {
         int status = 0;
+        for (Runner* each : {&predecessor_, &successor_}) {
+            if (each->pid < 0 || ::waitpid(each->pid, &status, WNOHANG) != each->pid) { continue; }
+            if (each == &successor_) {
+                succeed_again_ = now_ + 1s;
+                log(Level::Error, "Runner (pid:" + to_string(each->pid) + ") " + exit_text(status));
+            }
+            *each = Runner();
+        }
         if (runner_.pid < 0 || ::waitpid(runner_.pid, &status, WNOHANG) != runner_.pid) { return; }
         while (runner_.from && read_runner()) {}  // what it still said counts
         wait_again(take_back());
@@ -2730,9 +2780,16 @@ private:
 
     Error boot_runner() {
         restart_at_ = now_ + 1s;  // should it fail
-        if (Error error = start_runner(config_, runner_, files_)) { return error; }
-        max_fd_ = std::max({max_fd_, runner_.to[0].get(), runner_.to[1].get(),
-                            runner_.from.get()});
+        runner_ = std::exchange(successor_, Runner());
+        return runner_.pid > 0 ? Error{} : boot(runner_);
+    }
+
+    Error boot(Runner& runner) {
+        if (Error error = start_runner(config_, runner, files_)) { return error; }
+        const int jitter = config_.max_requests_jitter;
+        const int extra = jitter > 0 ? static_cast<int>(::random() % (jitter + 1L)) : 0;
+        runner.left = config_.max_requests > 0 ? config_.max_requests + extra : 0;
+        max_fd_ = std::max({max_fd_, runner.to[0].get(), runner.to[1].get(), runner.from.get()});
         return {};
     }
 
@@ -2743,7 +2800,7 @@ private:
     const Fd arbiter_;
     const pid_t arbiter_pid_;
     const rlim_t files_;
-    Runner runner_;
+    Runner runner_, successor_, predecessor_;  // the one at work; booting; leaving
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
     std::vector<Connection*> ready_;                       // complete, waiting here for a runner
     int connected_ = 0, failures_ = 0, status_ = 0, max_fd_ = 0;
@@ -2754,7 +2811,7 @@ private:
     fd_set reads_{}, writes_{}, cold_{};  // what select() watches for the connections
     int colds_ = 0;                       // members of cold_
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
-    Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_;
+    Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_, succeed_again_ = now_;
     char replies_[kPiece];      // from the runner; while they are read, buffer_ may be used
     char buffer_[kMaxMessage];  // from a client or the ready queue
 };

@@ -1425,6 +1425,8 @@ TEST_CASE("every number on the command line has a range") {
         {"header-timeout", 1, 31'536'000},
         {"backlog", 1, 65535},
         {"worker-connections", 1, INT_MAX},
+        {"max-requests", 0, INT_MAX},
+        {"max-requests-jitter", 0, INT_MAX},
         {"limit-request-line", 0, 1 << 20},
         {"limit-request-fields", 1, 32768},
         {"limit-request-field_size", 0, 1 << 20},
@@ -1473,7 +1475,7 @@ TEST_CASE("an option takes its value in every usual form") {
         {"worker-connections", "7"}, {"limit-request-line", "7"}, {"limit-request-fields", "7"},
         {"limit-request-field_size", "7"}, {"limit-request-body", "7"}, {"chdir", "/x"},
         {"pythonpath", "/a,/b"}, {"env", "A=b=c"}, {"worker-tmp-dir", "/x"},
-        {"forwarded-allow-ips", "*"}, {"pid", "/x"}, {"user", "x"}, {"group", "x"},
+        {"max-requests", "7"}, {"max-requests-jitter", "7"}, {"forwarded-allow-ips", "*"}, {"pid", "/x"}, {"user", "x"}, {"group", "x"},
         {"umask", "0027"},
         {"access-logfile", "-"}, {"access-logformat", "%(s)s"}, {"error-logfile", "/x"},
         {"log-level", "debug"}, {"python", "/x"}, {"runner", "cmd -x"}};
@@ -6193,6 +6195,53 @@ TEST_CASE("a daemon goes on in the background, and its pid file names it as long
     ::kill(again, SIGQUIT);
     CHECK(wait_for([&] { return !alive(again); }));
     CHECK_FALSE(exists(pidfile));
+}
+
+TEST_CASE("runners are recycled: the successor first, no request fails, none waits for the change") {
+    Server server(kTools + kOnce + R"py(
+import atexit
+time.sleep(0.2)  # so long the import takes
+atexit.register(mark, "left")
+)py",
+                  {"--max-requests", "5", "--max-requests-jitter", "5"});
+    REQUIRE(server.wait_ready_workers(2));
+    const vector<pid_t> workers = server.workers(), before = server.runners();
+    double slowest = 0;
+    int good = 0;
+    const Time end = Clock::now() + 20s;
+    while (good < 500 && Clock::now() < end) {
+        vector<Client> clients;
+        for (int i = 0; i < 4; ++i) { clients.emplace_back(server); }
+        const Time start = Clock::now();
+        for (int i = 0; i < 4; ++i) {
+            clients[static_cast<size_t>(i)].send(get_bytes("/once?" + to_string(good + i)));
+        }
+        for (Client& client : clients) {
+            REQUIRE(Reply(client.read_all(3s)).body == "ok");
+            ++good;
+        }
+        slowest = std::max(slowest, seconds_since(start));
+        ::poll(nullptr, 0, 10);  // so that some generations pass
+    }
+    CHECK(good == 500);
+    CHECK(slowest < 0.15);  // an import takes longer
+    CHECK(runs_of(server).size() == 500);
+    CHECK(server.workers() == workers);
+    const size_t recycled = count(server.log(), "Autorestarting runner (pid:");
+    CHECK(recycled >= 6);
+    CHECK(wait_for([&] { return server.runners().size() == 2 &&
+                                read_file(server.dir.path + "/left").size() >= recycled - 1; }));
+    for (const pid_t pid : server.runners()) { CHECK(!has_pid(before, pid)); }
+    CHECK_FALSE(contains(server.log(), "[ERROR]"));
+
+    write_file(server.dir.path + "/app.py", "no python\n");  // the old ones go on
+    for (int i = 0; i < 40; ++i) {
+        CHECK(get(server, "/once?late" + to_string(i)).body == "ok");
+        ::poll(nullptr, 0, 20);
+    }
+    CHECK(server.log_has("SyntaxError"));
+    CHECK(get(server, "/once?last").body == "ok");
+    CHECK(server.workers() == workers);
 }
 
 TEST_CASE("systemd hands over sockets, and hears what goes on") {
