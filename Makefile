@@ -1,6 +1,9 @@
 # make          build ./server
 # make test     build and run all tests (also: make check)
 # make asan     the same tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make bench    this server beside the peers that are installed (wrk makes the load)
+# make install  to $(DESTDIR)$(PREFIX)/bin; make uninstall removes it
+# make static   build ./server without shared libraries
 # make fuzz     the parsers under libFuzzer (clang), for FUZZ_TIME seconds; seeds are the tests' cases
 # make clean    remove what was built
 # make help     print these lines
@@ -35,6 +38,20 @@ test_server-asan: test_server.cpp server.cpp
 asan: server-asan test_server-asan
 	SERVER=./server-asan ./test_server-asan
 
+bench: server
+	.ci/bench
+
+static: server.cpp
+	$(BUILD) -static $(LDFLAGS) -o server server.cpp $(LDLIBS)
+
+PREFIX ?= /usr/local
+install: server
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 755 server $(DESTDIR)$(PREFIX)/bin/server
+
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/server
+
 FUZZ_TIME ?= 60
 fuzz-server: test_server.cpp server.cpp
 	clang++ -std=c++17 -fno-exceptions -fno-rtti -DFUZZ -O1 $(SANITIZE),fuzzer -o $@ test_server.cpp
@@ -50,4 +67,4 @@ clean:
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
 
-.PHONY: all test check asan fuzz clean help
+.PHONY: all test check asan bench static install uninstall fuzz clean help

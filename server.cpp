@@ -170,6 +170,17 @@ Error make_pipe(Pair& made, bool nonblocking = false) {
     return {};
 }
 
+/// Enlarges a pipe where that can be done. Returns what an empty one surely takes as a whole.
+size_t resize_pipe(const Fd& fd, int bytes) {
+#ifdef F_SETPIPE_SZ
+    (void)::fcntl(fd.get(), F_SETPIPE_SZ, bytes);
+    const int size = ::fcntl(fd.get(), F_GETPIPE_SZ);
+    return static_cast<size_t>(std::max(size / 2, PIPE_BUF));
+#else
+    return (void)fd, (void)bytes, size_t{PIPE_BUF};
+#endif
+}
+
 /// A pipe with a second, non-blocking reading end, for who wrote to take it back: POSIX gives two
 /// readers flags of their own only where both have opened it, so it is a FIFO for a moment.
 Error make_fifo(string dir, Pair& made, Fd& back) {
@@ -1734,7 +1745,8 @@ struct Runner {
     bool answered = false;          // its end frame has come
     bool new_log = false;           // it has to be told where the error log is
     bool quick = false;             // the last response took less than kAhead
-    bool ahead = false;             // a request lies in the other pipe
+    size_t most_ahead = PIPE_BUF;   // bytes that a request may have for that
+    size_t ahead = 0;               // bytes of the request that lies in the other pipe; 0: none
     Connection* next = nullptr;     // whose it is; null: nobody waits for it any more
     Time since{};                   // when the request went out
     Time deadline = Time::max();    // of the next frame
@@ -1782,8 +1794,11 @@ Error start_runner(const Config& config, Runner& runner, rlim_t files) {
     for (const int i : {0, 1}) {
         const Error error = make_fifo(config.worker_tmp_dir, requests[i], runner.back[i]);
         if (error) { return error; }
+        const size_t room = resize_pipe(requests[i].first, kPiece);
+        runner.most_ahead = i == 0 ? room : std::min(room, runner.most_ahead);
     }
     if (Error error = make_pipe(replies)) { return error; }
+    (void)resize_pipe(replies.first, 1 << 18);
     const bool python = config.runner.empty();
     const int second = requests[1].first.get();
     const string settings[] = {config.app, join(config.pythonpath), string("server/") + kVersion,
@@ -2056,7 +2071,7 @@ private:
         for (int round = 0; round < 8; ++round) {
             if (booted_ && wants_request()) { accept_clients(); }
             if (runner_.phase != Phase::Busy || runner_.since != now_) { return; }
-            if (!runner_.ahead) { ::sched_yield(); }
+            if (runner_.ahead == 0) { ::sched_yield(); }
             now_ = Clock::now();
             if (!read_runner()) { return; }
         }
@@ -2365,7 +2380,7 @@ private:
             write_access(c, c.response.status != 0 ? c.response.status : 499);
         }
         if (runner_.current == &c) { abandon(); }
-        if (runner_.ahead && runner_.next == &c && take_back() == nullptr) {
+        if (runner_.ahead > 0 && runner_.next == &c && take_back() == nullptr) {
             runner_.next = nullptr;  // it has begun
         }
         set_state(c, State::Done);
@@ -2467,7 +2482,7 @@ private:
     /// Whether a request could go to the runner now: it is idle, or quick and has only one.
     bool wants_request() const {
         return runner_.phase == Phase::Idle ||
-               (runner_.phase == Phase::Busy && runner_.quick && !runner_.ahead &&
+               (runner_.phase == Phase::Busy && runner_.quick && runner_.ahead == 0 &&
                 !runner_.answered && !runner_.new_log && successor_.phase != Phase::Idle &&
                 runner_.out.size() == 0 && now_ < runner_.since + kAhead);
     }
@@ -2488,13 +2503,11 @@ private:
             feed_runner();
             return true;
         }
-        head += c.body.newest();  // up to PIPE_BUF bytes go, and can be taken back, as a whole
-        const Fd& other = runner_.to[1 - runner_.turn];
-        if (c.body.stored() > 0 || head.size() > PIPE_BUF || write_some(other, head) < 0) {
-            return false;
-        }
+        head += c.body.newest();
+        const bool fits = c.body.stored() == 0 && head.size() <= runner_.most_ahead;
+        if (!fits || write_some(runner_.to[1 - runner_.turn], head) < 0) { return false; }
         set_state(c, State::Run);
-        runner_.ahead = true;
+        runner_.ahead = head.size();
         runner_.next = &c;
         return true;
     }
@@ -2506,14 +2519,19 @@ private:
         extend_deadline();
     }
 
-    Time take_back_at() const { return runner_.ahead ? runner_.since + kAhead : Time::max(); }
+    Time take_back_at() const { return runner_.ahead > 0 ? runner_.since + kAhead : Time::max(); }
 
-    /// The request that lies in the other pipe, out of it again; null if the runner has read it.
+    /// The request that lies in the other pipe, out of it again; null if the runner has read it. If
+    /// it has read a part, which POSIX allows above PIPE_BUF, the rest goes in again.
     Connection* take_back() {
-        char bytes[2 * PIPE_BUF];
-        const bool back = read_some(runner_.back[1 - runner_.turn], bytes, sizeof bytes) > 0;
-        if (!back) { return nullptr; }
-        runner_.ahead = false;
+        const int other = 1 - runner_.turn;
+        const ssize_t n = runner_.ahead == 0 ? 0 : read_some(runner_.back[other], buffer_, kMaxMessage);
+        const size_t size = static_cast<size_t>(std::max<ssize_t>(n, 0));
+        if (size < runner_.ahead) {
+            if (size > 0) { (void)write_some(runner_.to[other], string_view(buffer_, size)); }
+            return nullptr;
+        }
+        runner_.ahead = 0;
         return std::exchange(runner_.next, nullptr);
     }
 
@@ -2541,7 +2559,7 @@ private:
     /// Reads once what the runner says; false where there is nothing more to read.
     bool read_runner() {
         using Event = NetstringReader::Event;
-        const ssize_t n = read_some(runner_.from, replies_, kPiece);
+        const ssize_t n = read_some(runner_.from, replies_, sizeof replies_);
         if (n < 0 && would_block()) { return false; }
         if (n <= 0) { return lose_runner(1s), false; }
         if (runner_.phase == Phase::Busy) { extend_deadline(); }
@@ -2549,7 +2567,7 @@ private:
         for (Event event; (event = runner_.reader.next(in, piece)) != Event::NeedMore;) {
             const bool last = event == Event::End || event == Event::Failed;
             const bool quiet = runner_.phase == Phase::Booting || runner_.phase == Phase::Idle;
-            const bool behind = last && !in.empty() && !runner_.ahead;
+            const bool behind = last && !in.empty() && runner_.ahead == 0;
             if (event == Event::Bad || behind || (quiet && event != Event::End)) {
                 log(Level::Error, "Runner (pid:" + to_string(runner_.pid) + ") broke the protocol");
                 signal_runner(SIGKILL);
@@ -2608,6 +2626,11 @@ private:
         if (piece.empty()) { return; }
         c.body_bytes += static_cast<int64_t>(piece.size());
         const size_t limit = reply_memory_ < kWorkerMemory ? kReplyMemory : 0;
+        if (!c.chunked && c.out.size() == 0) {  // what the client takes at once need not be kept
+            const ssize_t n = ::send(c.socket.get(), piece.data(), piece.size(), 0);
+            if (n > 0) { set_state(c, State::Reply); }
+            piece.remove_prefix(static_cast<size_t>(std::max<ssize_t>(n, 0)));
+        }
         if (!c.chunked) { return c.out.append(piece, limit); }
         char size[20];
         std::snprintf(size, sizeof size, "%zx\r\n", piece.size());
@@ -2662,7 +2685,7 @@ private:
         const bool busy = runner_.phase != Phase::Busy || !runner_.answered;
         if (busy || !to() || runner_.out.size() > 0) { return; }
         if (config_.runner.empty()) { runner_.turn = 1 - runner_.turn; }
-        if (std::exchange(runner_.ahead, false)) {
+        if (std::exchange(runner_.ahead, 0) > 0) {
             runner_.current = std::exchange(runner_.next, nullptr);
             begin_request();
         } else {
@@ -2812,7 +2835,7 @@ private:
     int colds_ = 0;                       // members of cold_
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_, succeed_again_ = now_;
-    char replies_[kPiece];      // from the runner; while they are read, buffer_ may be used
+    char replies_[2 * kPiece];  // from the runner; while they are read, buffer_ may be used
     char buffer_[kMaxMessage];  // from a client or the ready queue
 };
 
