@@ -2002,6 +2002,7 @@ private:
             }
         }
         listeners_.clear();
+        next_tick_ = now_;  // which dismisses the runner if nothing is left to do
         for (const auto& c : connections_) {
             if (!first || !c || c->state != State::ReadHead || !c->silent) { continue; }
             c->deadline = std::min(c->deadline, now_ + 1s);  // silent, but perhaps on its way
@@ -2140,8 +2141,10 @@ private:
         c.state = state;
         switch (state) {
             case State::ReadHead: c.deadline = now_ + config_.header_timeout; break;
-            case State::ReadBody:
             case State::Ready:
+                c.deadline = config_.timeout > 0s ? c.pass.started + config_.timeout : patience;
+                break;
+            case State::ReadBody:
             case State::Reply: c.deadline = patience; break;
             case State::Linger: c.deadline = now_ + kLingerSilence; break;
             case State::Run:  // the runner has one

@@ -4205,6 +4205,19 @@ TEST_CASE("a graceful stop finishes what was begun, and atexit handlers run") {
     CHECK_MESSAGE(count(server.log(), "Worker exiting (pid: ") == 2, server.log());
 }
 
+TEST_CASE("a server that is idle stops at once, gracefully or not") {
+    for (const int number : {SIGTERM, SIGQUIT, SIGTERM, SIGINT}) {
+        Server server(kHello);
+        REQUIRE(server.wait_ready_workers(2));
+        ::poll(nullptr, 0, 150);  // into the long sleep of who has nothing to do
+        const Time start = Clock::now();
+        server.signal(number);
+        CHECK(server.wait_end());
+        CHECK(seconds_since(start) < 0.6);
+        CHECK_FALSE(contains(server.log(), "[ERROR]"));
+    }
+}
+
 TEST_CASE("INT hastens a graceful stop") {
     Server server(kTools, {"-w", "1"});
     Client client(server);
