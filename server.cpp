@@ -276,7 +276,7 @@ public:
     void pop(size_t n) { offset_ += n; }
     void prepend(string_view data) { front_.insert(offset_, data); }
     bool failed() const { return failed_; }
-    bool full() const { return failed_ || file_end_ >= int64_t{1} << 30; }
+    bool full() const { return size() > 0 && (failed_ || file_end_ >= int64_t{1} << 30); }
     size_t memory() const { return front_.size() - offset_ + back_.size(); }
     int64_t stored() const { return file_end_ - file_begin_; }
     int64_t size() const { return stored() + static_cast<int64_t>(memory()); }
@@ -918,9 +918,9 @@ Error resolve_user(Config& config) {
     config.gid = ::getegid();
     if (!config.user.empty()) {
         const bool numeric = parse_number(config.user, number);
-        const struct passwd* entry = numeric ? ::getpwuid(static_cast<uid_t>(number))
+        const struct passwd* entry = numeric && number >= UINT32_MAX ? nullptr : numeric ? ::getpwuid(static_cast<uid_t>(number))
                                              : ::getpwnam(config.user.c_str());
-        if (entry == nullptr && !numeric) { return {1, "there is no user '" + config.user + "'"}; }
+        if (entry == nullptr && (!numeric || number >= UINT32_MAX)) { return {1, "there is no user '" + config.user + "'"}; }
         config.uid = entry != nullptr ? entry->pw_uid : static_cast<uid_t>(number);
         if (entry != nullptr) { config.gid = entry->pw_gid; }
         if (entry != nullptr) { config.user = entry->pw_name; }
@@ -928,7 +928,7 @@ Error resolve_user(Config& config) {
     if (!config.group.empty()) {
         const bool numeric = parse_number(config.group, number);
         const struct group* entry = numeric ? nullptr : ::getgrnam(config.group.c_str());
-        if (entry == nullptr && !numeric) { return {1, "there is no group '" + config.group + "'"}; }
+        if (entry == nullptr && (!numeric || number >= UINT32_MAX)) { return {1, "there is no group '" + config.group + "'"}; }
         config.gid = entry != nullptr ? entry->gr_gid : static_cast<gid_t>(number);
     }
     const bool other = config.uid != ::geteuid() || config.gid != ::getegid();
@@ -993,7 +993,7 @@ Error daemonize(const Config& config) {
         const pid_t pid = ::fork();
         if (pid < 0) { return os_error("cannot fork"); }
         if (pid > 0) { ::_exit(0); }
-        ::setsid();
+        if (i == 0) { ::setsid(); }
     }
     const Fd null(::open("/dev/null", O_RDWR | O_CLOEXEC));
     const Fd& log = config.errorlog == "-" ? null : g_log.error_file;
@@ -1502,8 +1502,8 @@ class FileWrapper:
 
 class Response:
     """start_response() and write() of one request; inert once it is over."""
-    def __init__(self, slot):
-        self.slot, self.head, self.started = slot, None, False
+    def __init__(self, slot, body):
+        self.slot, self.body, self.head, self.started = slot, body, None, False
 
     def start_response(self, status, headers, exc_info=None):
         try:
@@ -1557,6 +1557,8 @@ class Slot:
             poll.register(fd, select.POLLIN)
 
     def write(self, parts):
+        if not parts:
+            return
         if len(parts) > 1000:  # more than writev() takes
             parts = [b"".join(parts)]
         sent, size = os.writev(self.replies, parts), sum(map(len, parts))
@@ -1605,38 +1607,42 @@ class Slot:
                 continue  # else it is "the client has gone", too late
             words = iter(block.decode("latin-1").split("\0"))
             environ = dict(zip(words, words), **base)
-            self.left, self.gone, body = int(environ["CONTENT_LENGTH"] or 0), False, None
+            self.left, self.gone, body = int(environ["CONTENT_LENGTH"] or 0), False, Body(self)
             if not environ["CONTENT_LENGTH"]:
                 del environ["CONTENT_LENGTH"]
             if self.left <= len(self.pending):
                 environ["wsgi.input"] = io.BytesIO(self.take(self.left) if self.left else b"")
             else:
-                body = Body(self)
                 environ["wsgi.input"] = io.BufferedReader(body, 65536)
-            response = Response(self)
-            self.answer(environ, response)
-            response.slot = None
-            while self.left:
-                self.take(65536)
-            if body:
-                body.slot = None
+            self.answer(environ, Response(self, body))
             self.pending, self.turn = b"", 1 - self.turn
+
+    def end(self, response, parts, mark):
+        """The last of a response. Once the mark is out the worker fills the pipes again: nothing of
+        this request may be left in them, or be read from them."""
+        if self.left:
+            self.write(parts)
+            parts = []
+        while self.left:
+            self.take(65536)
+        response.slot = response.body.slot = None
+        self.write(parts + [mark])
 
     def answer(self, environ, response):
         items = None
         try:
             items = self.app(environ, response.start_response)
             if isinstance(items, (list, tuple)):  # all is there: one write
-                self.write(response.frame(items) + [b"0:,"])
+                self.end(response, response.frame(items), b"0:,")
             else:
                 for item in items:
                     if self.client_gone():
                         break
                     response.write(item)
-                self.write(([] if response.started else response.frame([])) + [b"0:,"])
+                self.end(response, [] if response.started else response.frame([]), b"0:,")
         except Exception:
             report()
-            self.write([b"0:!"])
+            self.end(response, [], b"0:!")
         finally:
             try:
                 if hasattr(items, "close"):
@@ -1650,7 +1656,10 @@ def report():
 
 def reopen(path):
     """Moves what is printed to the new error log."""
-    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    except OSError:
+        return report()
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
@@ -1752,6 +1761,7 @@ struct Runner {
     Time deadline = Time::max();    // of the next frame
     Time kill_at = Time::max();     // SIGKILL for a runner that should be gone
     int signal = 0;                 // the last signal that we sent it
+    bool dead = false;              // it has ended; what it still said is being read
     int left = 0;                   // requests until its successor is started; 0: no limit
 
     void close_requests() {
@@ -1792,7 +1802,8 @@ Error start_runner(const Config& config, Runner& runner, rlim_t files) {
     runner = Runner{};
     Pair requests[2], replies;
     for (const int i : {0, 1}) {
-        const Error error = make_fifo(config.worker_tmp_dir, requests[i], runner.back[i]);
+        Error error = make_fifo(config.worker_tmp_dir, requests[i], runner.back[i]);
+        if (error) { error = make_fifo(temp_dir(), requests[i], runner.back[i]); }  // as --user
         if (error) { return error; }
         const size_t room = resize_pipe(requests[i].first, kPiece);
         runner.most_ahead = i == 0 ? room : std::min(room, runner.most_ahead);
@@ -1938,7 +1949,10 @@ public:
             log(Level::Error, "Worker cannot boot: " + error.text);
             return kWorkerBootError;
         }
-        while (status_ == 0 && (runner_.phase != Phase::Down || has_work())) { turn(); }
+        while (status_ == 0 && (runner_.phase != Phase::Down || has_work() ||
+                                (predecessor_.pid > 0 && stop_ != Stop::Now))) {
+            turn();
+        }
         for (const Runner* each : {&predecessor_, &successor_}) {
             if (each->pid > 0) { ::kill(-each->pid, SIGKILL); }
         }
@@ -1988,8 +2002,10 @@ private:
     }
 
     void reopen_logs() {
-        if (Error error = open_logs(config_)) { log(Level::Error, error.text); }
-        runner_.new_log = config_.errorlog != "-" && config_.runner.empty();
+        if (Error error = open_logs(config_)) { return log(Level::Error, error.text); }
+        for (Runner* each : {&runner_, &successor_}) {
+            each->new_log = config_.errorlog != "-" && config_.runner.empty();
+        }
     }
 
     /// Unless it is now, what has been accepted is served, also by the kernel.
@@ -2061,7 +2077,7 @@ private:
         for (const Listener& each : listeners_) {
             if (booted_ && now_ >= accept_at) { FD_SET(each.fd.get(), &reads); }
         }
-        const Time until = std::min({next_tick_, pass_at(), take_back_at()});
+        const Time until = std::min({next_tick_, pass_at(), stalled() ? next_tick_ : take_back_at()});
         return booted_ && now_ < accept_at ? std::min(until, accept_at) : until;
     }
 
@@ -2226,7 +2242,7 @@ private:
     /// The one door for sockets that select() will see; null for a descriptor beyond its reach.
     Connection* adopt(Fd fd) {
         const int number = fd.get();
-        if (number >= FD_SETSIZE) { return nullptr; }
+        if (number < 0 || number >= FD_SETSIZE) { return nullptr; }
         connections_[number] = std::make_unique<Connection>(config_);
         connections_[number]->socket = std::move(fd);
         ++connected_;
@@ -2385,6 +2401,7 @@ private:
         if (runner_.current == &c) { abandon(); }
         if (runner_.ahead > 0 && runner_.next == &c && take_back() == nullptr) {
             runner_.next = nullptr;  // it has begun
+            runner_.request = c.request_line();
         }
         set_state(c, State::Done);
     }
@@ -2448,12 +2465,16 @@ private:
             std::memcpy(&c->pass, data.data(), sizeof c->pass);
             data.remove_prefix(sizeof c->pass);
             c->env = data.substr(0, c->pass.env_size);
-            if (c->pass.stored > 0) { c->body.adopt_file(raise_fd(std::move(file)), c->pass.stored); }
+            const bool lost = c->pass.stored > 0 && !file;  // no descriptor was free for it
+            if (!lost && c->pass.stored > 0) {
+                c->body.adopt_file(raise_fd(std::move(file)), c->pass.stored);
+            }
             c->body.append(data.substr(c->env.size()), data.size());
             c->ends.peer = lookup(c->env, "REMOTE_ADDR");
             c->silent = false;
             set_state(*c, State::Ready);
             if (config_.timeout > 0s && now_ >= c->pass.started + config_.timeout) { expire(*c); }
+            if (lost) { refuse(*c, {503, "no descriptor for the body"}); }
             if (c->state == State::Ready && !c->pass.eof) { read_client(*c); }  // has it gone?
             if (c->state == State::Ready) { return c; }
             settle(*c);
@@ -2472,7 +2493,9 @@ private:
         while (config_.timeout > 0s &&
                ::recv(queue_.second.get(), &pass, sizeof pass, MSG_PEEK | MSG_DONTWAIT) > 0 &&
                now_ >= pass.started + config_.timeout) {
-            if (Connection* c = take_from_queue()) { ready_.push_back(c); }
+            Connection* c = take_from_queue();
+            if (c == nullptr) { return; }
+            ready_.push_back(c);
         }
     }
 
@@ -2484,6 +2507,7 @@ private:
 
     /// Whether a request could go to the runner now: it is idle, or quick and has only one.
     bool wants_request() const {
+        if (runner_.dead) { return false; }
         return runner_.phase == Phase::Idle ||
                (runner_.phase == Phase::Busy && runner_.quick && runner_.ahead == 0 &&
                 !runner_.answered && !runner_.new_log && successor_.phase != Phase::Idle &&
@@ -2657,7 +2681,7 @@ private:
         if (good) { failures_ = 0; }
         Connection* c = std::exchange(runner_.current, nullptr);
         if (c != nullptr && runner_.out.size() > 0) { runner_.request = c->request_line(); }
-        become_idle();  // the runner has its next request before this client its response
+        feed_runner();  // the runner has its next request before this client its response
         if (c == nullptr) { return; }
         const bool cut = good && c->left > 0;
         if (!good || cut) {
@@ -2691,6 +2715,8 @@ private:
         if (std::exchange(runner_.ahead, 0) > 0) {
             runner_.current = std::exchange(runner_.next, nullptr);
             begin_request();
+            if (runner_.current == nullptr) { runner_.out.append("0:,", kPiece); }
+            feed_runner();
         } else {
             runner_.phase = Phase::Idle;
             runner_.deadline = Time::max();
@@ -2705,14 +2731,20 @@ private:
     void start_successor() {
         runner_.left = 1;  // should it fail, or another be on its way yet, the next request tries again
         if (successor_.pid > 0 || predecessor_.pid > 0 || now_ < succeed_again_) { return; }
-        if (Error error = boot(successor_)) { return log(Level::Error, error.text); }
+        if (Error error = boot(successor_)) {
+            succeed_again_ = now_ + 1s;
+            return log(Level::Error, error.text);
+        }
         log(Level::Info, "Autorestarting runner (pid:" + to_string(runner_.pid) + ")");
     }
 
     void read_successor() {
-        char frame[4];  // nothing else may come from it yet
-        const bool ready = read_some(successor_.from, frame, 4) == 3 && string_view(frame, 3) == "0:,";
-        if (!ready) {
+        const ssize_t n = read_some(successor_.from, replies_, sizeof replies_);
+        if (n < 0 && would_block()) { return; }
+        string_view in(replies_, static_cast<size_t>(std::max<ssize_t>(n, 0))), piece;
+        const auto event = successor_.reader.next(in, piece);
+        if (n > 0 && event == NetstringReader::Event::NeedMore) { return; }
+        if (event != NetstringReader::Event::End || !in.empty()) {
             ::kill(-successor_.pid, SIGKILL);
             return successor_.from.reset();
         }
@@ -2722,7 +2754,9 @@ private:
 
     /// An idle runner makes way for its successor, and leaves as any Python program does.
     void take_over() {
-        if (successor_.phase != Phase::Idle || runner_.phase != Phase::Idle) { return; }
+        if (successor_.phase != Phase::Idle || runner_.phase != Phase::Idle || runner_.dead) {
+            return;
+        }
         predecessor_ = std::exchange(runner_, std::exchange(successor_, Runner()));
         predecessor_.close_requests();
         predecessor_.kill_at = now_ + config_.graceful_timeout;
@@ -2781,6 +2815,7 @@ private:
             *each = Runner();
         }
         if (runner_.pid < 0 || ::waitpid(runner_.pid, &status, WNOHANG) != runner_.pid) { return; }
+        runner_.dead = true;
         while (runner_.from && read_runner()) {}  // what it still said counts
         wait_again(take_back());
         const Runner gone = std::exchange(runner_, Runner());
@@ -2807,7 +2842,9 @@ private:
     Error boot_runner() {
         restart_at_ = now_ + 1s;  // should it fail
         runner_ = std::exchange(successor_, Runner());
-        return runner_.pid > 0 ? Error{} : boot(runner_);
+        if (runner_.pid < 0) { return boot(runner_); }
+        next_request(true);  // it may be ready already
+        return {};
     }
 
     Error boot(Runner& runner) {
@@ -3048,7 +3085,7 @@ private:
             const bool old = worker.generation < generation_ && ready >= wanted;
             const bool surplus = worker.generation == generation_ && alive > wanted;
             if (worker.stopping || !(old || surplus)) { continue; }
-            stop_worker(worker, SIGTERM);
+            stop_worker(worker, paused_ ? SIGUSR2 : SIGTERM);  // nobody else would empty the queue
             alive -= surplus ? 1 : 0;
         }
     }
@@ -3128,7 +3165,7 @@ Error apply(Config& config, rlim_t& files) {
     ::setrlimit(RLIMIT_NOFILE, &limit);
     const int others = 20 + static_cast<int>(config.bind.size());  // that select() sees
     int most = static_cast<int>(std::min<rlim_t>(limit.rlim_cur, FD_SETSIZE)) - others;
-    if (limit.rlim_cur < 2 * FD_SETSIZE) { most /= 2; }  // temporary files come out of the same few
+    if (limit.rlim_cur < 2 * FD_SETSIZE) { most = std::max(1, (most - 12) / 2); }  // shared with files
     if (config.worker_tmp_dir.empty()) {  // a disk that stalls must not look like a dead worker
         const bool shm = ::access("/dev/shm", W_OK | X_OK) == 0;
         config.worker_tmp_dir = shm ? "/dev/shm" : temp_dir();
@@ -3209,6 +3246,9 @@ int main(int argc, char** argv) {
     if (config.check_config) { return check_app(config, files); }
     if (config.daemon) { error = daemonize(config); }
     if (!error) { error = write_pidfile(config.pidfile); }
-    if (error) { return log(Level::Critical, error.text), error.code; }
+    if (error) {
+        unlink_sockets(listeners);
+        return log(Level::Critical, error.text), error.code;
+    }
     return Arbiter(config, std::move(listeners), files).run();
 }

@@ -2148,13 +2148,18 @@ TEST_CASE("a spool whose disk fills up midway loses nothing and doubles nothing"
     CHECK((drain(spool) == data));
 }
 
-TEST_CASE("a spool with a gibibyte in its file is full") {
+TEST_CASE("a spool with a gibibyte in its file is full, until it is empty") {
     Spool spool;
-    spool.adopt_file(Fd(::open("/dev/null", O_RDWR | O_CLOEXEC)), (int64_t{1} << 30) - 1);
+    Fd file;
+    REQUIRE(!make_temp_file(temp_dir(), file));
+    REQUIRE(::ftruncate(file.get(), (int64_t{1} << 30) - 1) == 0);
+    spool.adopt_file(std::move(file), (int64_t{1} << 30) - 1);
     CHECK_FALSE(spool.full());
     spool.append("x", 0);
     CHECK(spool.full());
     CHECK_FALSE(spool.failed());
+    while (spool.size() > 0) { spool.pop(spool.front().size()); }
+    CHECK_FALSE(spool.full());  // though nobody has asked for more yet
 }
 
 TEST_CASE("a spool takes over the file of another, before its own memory") {
@@ -4506,6 +4511,14 @@ def once(environ, start_response):
 def jitter(environ, start_response):
     time.sleep(hash(environ["QUERY_STRING"]) % 10 / 5000)  # 0 to 1.8 ms
     return once(environ, start_response)
+
+class Closing(list):
+    def close(self):
+        time.sleep(0.001)
+
+def ignore(environ, start_response):  # its body
+    start_response("200 OK", [("Content-Length", "2")])
+    return Closing([b"ok"])
 )py";
 
 /// Each line of the file "runs", how often it stands there.
@@ -4553,6 +4566,23 @@ TEST_CASE("requests that take about a millisecond run once each, though many are
     const map<string, int> runs = runs_of(server);
     CHECK(static_cast<int>(runs.size()) == answers["200 ok"]);
     for (const auto& each : runs) { CHECK(each.second == 1); }
+    CHECK_FALSE(contains(server.log(), "[ERROR]"));
+}
+
+TEST_CASE("bodies that the application does not read cost no other request anything") {
+    Server server(kTools + kOnce, {"-w", "1"});
+    const Time end = Clock::now() + 2s;
+    int posts = 0, good = 0;
+    map<string, int> answers = load(server, 16, "/once?id=", [&] {
+        const size_t size = ++posts % 2 != 0 ? 5000 : 200000;
+        good += post(server, "/ignore", string(size, 'x')).body == "ok" ? 1 : 0;
+        return Clock::now() < end;
+    });
+    CHECK(good == posts);
+    CHECK(posts > 50);
+    CHECK_MESSAGE(answers.size() == 1, show_answers(answers));
+    const map<string, int> runs = runs_of(server);
+    CHECK(static_cast<int>(runs.size()) == answers["200 ok"]);
     CHECK_FALSE(contains(server.log(), "[ERROR]"));
 }
 
@@ -5541,6 +5571,31 @@ def app(environ, start_response):
     CHECK(Reply(second.read_all()).whole);
 }
 
+TEST_CASE("a full worker with requests in the queue that nobody takes goes on, and answers them") {
+    const Server server(R"py(
+import time
+def app(environ, start_response):
+    time.sleep(0.8)
+    start_response("200 OK", [("Content-Length", "30000000")])
+    return [b"x" * 30000000]
+)py",
+                        {"-w", "1", "-t", "2", "--worker-connections", "2"});
+    const pid_t worker = server.workers()[0];
+    Client::receive_buffer = 4096;
+    vector<Client> clients;  // who do not read what they asked for
+    for (int i = 0; i < 6; ++i) {
+        clients.emplace_back(server);
+        clients.back().send("GET / HTTP/1.1\r\n\r\n");
+        ::poll(nullptr, 0, 30);
+    }
+    Client::receive_buffer = 0;
+    int answered_all = 0;
+    for (Client& client : clients) { answered_all += client.readable(8s) ? 1 : 0; }
+    CHECK(answered_all == 6);
+    CHECK_FALSE(contains(server.log(), "WORKER TIMEOUT (pid:" + to_string(worker)));
+    CHECK(has_pid(server.workers(), worker));
+}
+
 TEST_CASE("old workers leave at a reload though the queue is never empty, and lose no request") {
     Server server(R"py(
 import time
@@ -6062,8 +6117,11 @@ TEST_CASE("a trusted proxy says whether the client came by https") {
 }
 
 constexpr const char* kTalkative = R"py(
+import time
 def app(environ, start_response):
     print("printed", environ["PATH_INFO"])
+    if environ["PATH_INFO"] == "/slow":
+        time.sleep(0.3)
     start_response("200 OK", [("Content-Length", "2")])
     return [b"ok"]
 )py";
@@ -6097,6 +6155,13 @@ TEST_CASE("USR1 moves both logs, and what the application prints, to new files")
     CHECK(wait_for([&] { return count(read_file(errors), "printed /two") == 20; }));
     CHECK(count(read_file(access), "GET /two") == 20);
     CHECK(read_file(access + ".1") == old_access);
+    REQUIRE(::rename(dir.path.c_str(), (dir.path + "-gone").c_str()) == 0);
+    server.signal(SIGUSR1);  // which finds no place for them: all goes on as it was
+    CHECK(wait_for([&] {
+        return count(read_file(dir.path + "-gone/errors"), "cannot open the log") >= 3;
+    }));
+    for (int i = 0; i < 6; ++i) { CHECK(request(port, get_bytes("/three")).body == "ok"); }
+    REQUIRE(::rename((dir.path + "-gone").c_str(), dir.path.c_str()) == 0);
     CHECK_FALSE(contains(read_file(errors + ".1"), "/two"));
 }
 
@@ -6167,6 +6232,11 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
     check_all();
     CHECK(run_to_end({"-u", "no-such-user", "app:app"}).code == 1);
     CHECK(run_to_end({"-g", "no-such-group", "app:app"}).code == 1);
+    CHECK(run_to_end({"-u", "4294967296", "app:app"}).code == 1);
+    CHECK(run_to_end({"-u", "4294967295", "app:app"}).code == 1);
+    const string left = dir.path + "/left";
+    CHECK(run_to_end({"-p", "/nonexistent/pid", "-b", "unix:" + left, "app:app"}).code == 1);
+    CHECK_FALSE(exists(left));
 }
 
 TEST_CASE("a daemon goes on in the background, and its pid file names it as long as it lives") {
@@ -6193,7 +6263,15 @@ TEST_CASE("a daemon goes on in the background, and its pid file names it as long
     CHECK(second.code == 1);
     CHECK(contains(second.err, to_string(pid)));
     CHECK(read_pidfile(pidfile) == pid);
+    CHECK(::getsid(pid) != pid);  // no session leader: it cannot get a terminal
+    vector<Client> waiting;
+    for (int i = 0; i < 7; ++i) {
+        waiting.emplace_back(port);
+        waiting.back().send(get_bytes("/slow"));
+    }
+    ::poll(nullptr, 0, 100);  // some run, the others wait for a runner
     ::kill(pid, SIGWINCH);
+    for (Client& client : waiting) { CHECK(Reply(client.read_all()).body == "ok"); }
     CHECK(wait_for([&] { return tree() == "0"; }));
     ::kill(pid, SIGHUP);
     CHECK(wait_for([&] { return tree() == "2"; }));
