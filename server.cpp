@@ -2875,7 +2875,7 @@ private:
     int colds_ = 0;                       // members of cold_
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_, succeed_again_ = now_;
-    char replies_[2 * kPiece];  // from the runner; while they are read, buffer_ may be used
+    char replies_[kPiece];      // from the runner; while they are read, buffer_ may be used
     char buffer_[kMaxMessage];  // from a client or the ready queue
 };
 
