@@ -374,8 +374,7 @@ struct Config {
     int64_t limit_request_body = int64_t{1} << 30;
     seconds timeout{30}, graceful_timeout{30}, header_timeout{10};
     string chdir, worker_tmp_dir, accesslog, errorlog = "-", loglevel = "info";
-    string access_log_format =
-        "%(h)s %(l)s %(u)s %(t)s \"%(r)s\" %(s)s %(b)s \"%(f)s\" \"%(a)s\"";
+    string access_log_format = "%(h)s %(l)s %(u)s %(t)s \"%(r)s\" %(s)s %(b)s \"%(f)s\" \"%(a)s\"";
     Strings bind, pythonpath, raw_env;
     string python = "python3", runner, forwarded_allow_ips = "127.0.0.1,::1";
     string pidfile, user, group;
@@ -397,20 +396,28 @@ string join(const Strings& parts) {
 template <auto Member>
 string get(const Config& config) {
     using T = std::decay_t<decltype(config.*Member)>;
-    if constexpr (std::is_same_v<T, string>) { return config.*Member; }
-    else if constexpr (std::is_same_v<T, Strings>) { return join(config.*Member); }
-    else if constexpr (std::is_same_v<T, seconds>) { return to_string((config.*Member).count()); }
-    else { return to_string(config.*Member); }
+    if constexpr (std::is_same_v<T, string>) {
+        return config.*Member;
+    } else if constexpr (std::is_same_v<T, Strings>) {
+        return join(config.*Member);
+    } else if constexpr (std::is_same_v<T, seconds>) {
+        return to_string((config.*Member).count());
+    } else {
+        return to_string(config.*Member);
+    }
 }
 
 /// Sets a string, adds to a list, raises a flag, or reads a number from Low to High.
 template <auto Member, int64_t Low = 0, int64_t High = INT_MAX>
 Error set(Config& config, string_view text) {
     using T = std::decay_t<decltype(config.*Member)>;
-    if constexpr (std::is_same_v<T, string>) { config.*Member = text; }
-    else if constexpr (std::is_same_v<T, Strings>) { (config.*Member).emplace_back(text); }
-    else if constexpr (std::is_same_v<T, bool>) { config.*Member = true; }
-    else {
+    if constexpr (std::is_same_v<T, string>) {
+        config.*Member = text;
+    } else if constexpr (std::is_same_v<T, Strings>) {
+        (config.*Member).emplace_back(text);
+    } else if constexpr (std::is_same_v<T, bool>) {
+        config.*Member = true;
+    } else {
         const string_view digits = text.substr(text.substr(0, 1) == "-" ? 1 : 0);
         if (digits.empty() || !std::all_of(digits.begin(), digits.end(), is_digit)) {
             return {2, "'" + string(text) + "' is not a whole number"};
@@ -450,7 +457,8 @@ Error set_umask(Config& config, string_view text) {
 
 string get_umask(const Config& config) {
     char text[8];
-    return string(text, static_cast<size_t>(std::snprintf(text, sizeof text, "%04o", config.umask)));
+    return string(text,
+                  static_cast<size_t>(std::snprintf(text, sizeof text, "%04o", config.umask)));
 }
 
 Error set_env(Config& config, string_view text) {
@@ -479,8 +487,10 @@ constexpr Option kOptions[] = {
     {'w', "workers", "N", "worker processes; auto: one a processor", set_workers, get<&C::workers>},
     {'k', "worker-class", "NAME", "only sync", set_word<&C::worker_class, kWorkerClasses>,
      get<&C::worker_class>},
-    row<&C::timeout, 0, kYear>('t', "timeout", "SECONDS", "end what is silent for so long; 0: never"),
-    row<&C::graceful_timeout, 0, kYear>(0, "graceful-timeout", "SECONDS", "to finish when stopping"),
+    row<&C::timeout, 0, kYear>('t', "timeout", "SECONDS",
+                               "end what is silent for so long; 0: never"),
+    row<&C::graceful_timeout, 0, kYear>(0, "graceful-timeout", "SECONDS",
+                                        "to finish when stopping"),
     row<&C::header_timeout, 1, kYear>(0, "header-timeout", "SECONDS", "for the head of a request"),
     row<&C::backlog, 1, 65535>(0, "backlog", "N", "connections that wait to be accepted"),
     row<&C::worker_connections, 1>(0, "worker-connections", "N", "connections that a worker holds"),
@@ -569,8 +579,9 @@ Error parse_command_line(const std::vector<const char*>& args, Config& config) {
 void print_help() {
     Config defaults;
     (void)parse_command_line({}, defaults);
-    std::puts("usage: server [OPTIONS] [MODULE:CALLABLE]\n\n"
-              "Serves a WSGI application, app_example:app unless another is named.\n");
+    std::puts(
+        "usage: server [OPTIONS] [MODULE:CALLABLE]\n\n"
+        "Serves a WSGI application, app_example:app unless another is named.\n");
     for (const Option& o : kOptions) {
         const string letter = o.letter != 0 ? string("-") + o.letter + ", " : "    ";
         const string value = o.get != nullptr ? o.get(defaults) : "";
@@ -614,7 +625,8 @@ void log(Level level, const string& text) {
     if (begin + static_cast<int>(level) < std::find(begin, end, g_log.level)) { return; }
     for (char& c : name) { c = static_cast<char>(c - 32); }
     (void)write_all(g_log.error_file, local_time("[%Y-%m-%d %H:%M:%S %z] [") +
-                                          to_string(::getpid()) + "] [" + name + "] " + text + "\n");
+                                          to_string(::getpid()) + "] [" + name + "] " + text +
+                                          "\n");
 }
 
 /// Opens a log file, or opens it again; "-" is a standard descriptor. An empty path: no log.
@@ -720,7 +732,8 @@ string access_atom(string_view name, const Access& a) {
         case 'T': return to_string(us / 1000000);
         case 'M': return to_string(us / 1000);
         case 'D': return to_string(us);
-        case 'L': return to_string(us / 1000000) + "." + to_string(1000000 + us % 1000000).substr(1);
+        case 'L':
+            return to_string(us / 1000000) + "." + to_string(1000000 + us % 1000000).substr(1);
         case 'p': return "<" + to_string(::getpid()) + ">";
         default: return "-";
     }
@@ -858,7 +871,8 @@ Error resolve(const Address& address, sockaddr_storage& name, socklen_t& size) {
         size = sizeof unix_name;
         return clear_path(address.path, unix_name);
     }
-    struct addrinfo hints {}, *found = nullptr;
+    struct addrinfo hints {};
+    struct addrinfo* found = nullptr;
     hints.ai_family = address.v6 ? AF_INET6 : AF_INET;
     hints.ai_socktype = SOCK_STREAM;
     hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
@@ -913,26 +927,26 @@ void unlink_sockets(const std::vector<Listener>& listeners) {
 
 /// Finds the numbers of --user and --group. Only root can become another user.
 Error resolve_user(Config& config) {
-    int64_t number = 0;
-    config.uid = ::geteuid();
-    config.gid = ::getegid();
+    int64_t uid = ::geteuid(), gid = ::getegid();
     if (!config.user.empty()) {
-        const bool numeric = parse_number(config.user, number);
-        const struct passwd* entry = numeric && number >= UINT32_MAX ? nullptr : numeric ? ::getpwuid(static_cast<uid_t>(number))
-                                             : ::getpwnam(config.user.c_str());
-        if (entry == nullptr && (!numeric || number >= UINT32_MAX)) { return {1, "there is no user '" + config.user + "'"}; }
-        config.uid = entry != nullptr ? entry->pw_uid : static_cast<uid_t>(number);
-        if (entry != nullptr) { config.gid = entry->pw_gid; }
-        if (entry != nullptr) { config.user = entry->pw_name; }
+        const bool number = parse_number(config.user, uid) && uid < UINT32_MAX;
+        const struct passwd* entry =
+            number ? ::getpwuid(static_cast<uid_t>(uid)) : ::getpwnam(config.user.c_str());
+        if (entry == nullptr && !number) { return {1, "there is no user '" + config.user + "'"}; }
+        if (entry != nullptr) {
+            uid = entry->pw_uid, gid = entry->pw_gid, config.user = entry->pw_name;
+        }
     }
-    if (!config.group.empty()) {
-        const bool numeric = parse_number(config.group, number);
-        const struct group* entry = numeric ? nullptr : ::getgrnam(config.group.c_str());
-        if (entry == nullptr && (!numeric || number >= UINT32_MAX)) { return {1, "there is no group '" + config.group + "'"}; }
-        config.gid = entry != nullptr ? entry->gr_gid : static_cast<gid_t>(number);
+    if (!config.group.empty() && (!parse_number(config.group, gid) || gid >= UINT32_MAX)) {
+        const struct group* entry = ::getgrnam(config.group.c_str());
+        if (entry == nullptr) { return {1, "there is no group '" + config.group + "'"}; }
+        gid = entry->gr_gid;
     }
+    config.uid = static_cast<uid_t>(uid);
+    config.gid = static_cast<gid_t>(gid);
     const bool other = config.uid != ::geteuid() || config.gid != ::getegid();
-    return other && ::geteuid() != 0 ? Error{1, "only root can run workers as someone else"} : Error{};
+    return other && ::geteuid() != 0 ? Error{1, "only root can run workers as someone else"}
+                                     : Error{};
 }
 
 /// In a worker: becomes the user and group that resolve_user() found.
@@ -1012,7 +1026,8 @@ void notify_systemd(const Config& config, const string& state) {
     if (path.front() == '@') { name.sun_path[0] = '\0'; }
     const socklen_t size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + path.size());
     const Fd fd(::socket(AF_UNIX, SOCK_DGRAM, 0));
-    (void)::sendto(fd.get(), state.data(), state.size(), 0, reinterpret_cast<sockaddr*>(&name), size);
+    (void)::sendto(fd.get(), state.data(), state.size(), 0, reinterpret_cast<sockaddr*>(&name),
+                   size);
 }
 
 // ============================================================================
@@ -1037,9 +1052,8 @@ bool is_alnum(char c) { return is_digit(c) || (lower(c) >= 'a' && lower(c) <= 'z
 
 /// Nothing but letters, digits and `others`.
 bool is_made_of(string_view text, string_view others) {
-    return std::all_of(text.begin(), text.end(), [others](char c) {
-        return is_alnum(c) || others.find(c) != string::npos;
-    });
+    return std::all_of(text.begin(), text.end(),
+                       [others](char c) { return is_alnum(c) || others.find(c) != string::npos; });
 }
 
 /// tchar (RFC 9110 section 5.6.2).
@@ -1083,8 +1097,8 @@ bool is_host(string_view text) {
     in6_addr v6;
     return (literal ? ::inet_pton(AF_INET6, name.c_str(), &v6) == 1
                     : is_made_of(name, "%-._~!$&'()*+,;=")) &&
-           (port.empty() || (port.front() == ':' && port.find_first_not_of("0123456789", 1) ==
-                                                        string::npos));
+           (port.empty() ||
+            (port.front() == ':' && port.find_first_not_of("0123456789", 1) == string::npos));
 }
 
 /// Cuts a field line in two (RFC 9112 section 5). False: obs-fold, a blank before the colon,
@@ -1142,7 +1156,7 @@ private:
     Error check_size(size_t line) const {
         const bool first = part_ == Part::RequestLine, in_head = first || part_ == Part::Fields;
         const bool in_chunks = part_ == Part::ChunkSize || part_ == Part::DataEnd;
-        const int limit = first                       ? config_.limit_request_line
+        const int limit = first                      ? config_.limit_request_line
                           : part_ == Part::ChunkSize ? kMaxChunkLine
                           : part_ == Part::DataEnd   ? 0
                                                      : config_.limit_request_field_size;
@@ -1322,7 +1336,8 @@ bool is_listed(string_view list, const string& address) {
             (!bits.empty() && (!parse_number(bits, prefix) || prefix > (v6 ? 128 : 32)))) {
             continue;
         }
-        const size_t bytes = static_cast<size_t>(prefix / 8), rest = static_cast<size_t>(prefix % 8);
+        const size_t bytes = static_cast<size_t>(prefix / 8),
+                     rest = static_cast<size_t>(prefix % 8);
         const bool same = std::memcmp(wanted, listed, bytes) == 0;
         if (same && (rest == 0 || ((wanted[bytes] ^ listed[bytes]) >> (8 - rest)) == 0)) {
             return true;
@@ -1364,12 +1379,18 @@ string make_environ(const Request& r, const Endpoints& ends, string_view scheme 
         port = host.substr(std::min(server.size() + 1, host.size()));
     }
     const std::pair<const char*, string_view> variables[] = {
-        {"REQUEST_METHOD", r.method}, {"SCRIPT_NAME", prefix},
-        {"PATH_INFO", path.substr(prefix.size())}, {"QUERY_STRING", r.query},
-        {"RAW_URI", r.target}, {"REQUEST_URI", r.target},
-        {"SERVER_PROTOCOL", r.minor > 0 ? "HTTP/1.1" : "HTTP/1.0"}, {"SERVER_NAME", server},
-        {"SERVER_PORT", port.empty() ? "80" : port}, {"REMOTE_ADDR", ends.peer},
-        {"REMOTE_PORT", ends.peer_port}, {"wsgi.url_scheme", scheme}};
+        {"REQUEST_METHOD", r.method},
+        {"SCRIPT_NAME", prefix},
+        {"PATH_INFO", path.substr(prefix.size())},
+        {"QUERY_STRING", r.query},
+        {"RAW_URI", r.target},
+        {"REQUEST_URI", r.target},
+        {"SERVER_PROTOCOL", r.minor > 0 ? "HTTP/1.1" : "HTTP/1.0"},
+        {"SERVER_NAME", server},
+        {"SERVER_PORT", port.empty() ? "80" : port},
+        {"REMOTE_ADDR", ends.peer},
+        {"REMOTE_PORT", ends.peer_port},
+        {"wsgi.url_scheme", scheme}};
     string block;
     block.reserve(512 + r.fields.size());
     add_variable(block, "CONTENT_LENGTH", r.length < 0 ? "" : to_string(r.length));
@@ -1391,8 +1412,9 @@ struct Response {
 /// Reads "Status: 200 OK\nName: value\n…" as a runner sends it. An error says what is wrong.
 Error parse_response(string_view head, Response& r) {
     static constexpr const char* kHopByHop[] = {
-        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te",
-        "trailer", "trailers", "transfer-encoding", "upgrade"};
+        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization",
+        "te",         "trailer",    "trailers",           "transfer-encoding",
+        "upgrade"};
     int64_t status = 0;
     const bool named = cut(head, ' ') == "Status:";
     r.line = cut(head, '\n');
@@ -1403,7 +1425,9 @@ Error parse_response(string_view head, Response& r) {
     while (!head.empty()) {
         const string_view line = cut(head, '\n');
         string_view name, value;
-        if (!split_field(line, name, value)) { return {500, "the header field '" + escape(line) + "'"}; }
+        if (!split_field(line, name, value)) {
+            return {500, "the header field '" + escape(line) + "'"};
+        }
         const auto is = [&name](const char* other) { return same_name(name, other); };
         if (is("content-length")) {
             const bool good = r.length < 0 && parse_number(value, r.length);
@@ -1441,16 +1465,19 @@ string final_head(const Response& r, int minor, bool chunked) {
 /// The server's own answer; it echoes nothing of the request.
 Response error_response(int status, string& body) {
     static constexpr std::pair<int, const char*> kReasons[] = {
-        {400, "Bad Request"}, {408, "Request Timeout"}, {413, "Content Too Large"},
-        {414, "URI Too Long"}, {417, "Expectation Failed"},
-        {431, "Request Header Fields Too Large"}, {500, "Internal Server Error"},
-        {501, "Not Implemented"}, {502, "Bad Gateway"}, {503, "Service Unavailable"},
-        {504, "Gateway Timeout"}, {505, "HTTP Version Not Supported"},
+        {400, "Bad Request"},           {408, "Request Timeout"},
+        {413, "Content Too Large"},     {414, "URI Too Long"},
+        {417, "Expectation Failed"},    {431, "Request Header Fields Too Large"},
+        {500, "Internal Server Error"}, {501, "Not Implemented"},
+        {502, "Bad Gateway"},           {503, "Service Unavailable"},
+        {504, "Gateway Timeout"},       {505, "HTTP Version Not Supported"},
         {507, "Insufficient Storage"}};
     Response r;
     r.status = status;
     r.line = to_string(status);
-    for (const auto& [code, reason] : kReasons) { r.line += code == status ? string(" ") + reason : ""; }
+    for (const auto& [code, reason] : kReasons) {
+        r.line += code == status ? string(" ") + reason : "";
+    }
     body = r.line + "\n";
     r.fields = "Content-Type: text/plain\r\nContent-Length: " + to_string(body.size()) + "\r\n";
     if (status == 503) { r.fields += "Retry-After: 10\r\n"; }
@@ -1745,8 +1772,8 @@ struct Connection;
 struct Runner {
     Phase phase = Phase::Down;
     pid_t pid = -1;
-    Fd to[2], back[2], from;        // two request pipes, our reading ends of them; of replies
-    int turn = 0;                   // the pipe of the present request
+    Fd to[2], back[2], from;  // two request pipes, our reading ends of them; of replies
+    int turn = 0;             // the pipe of the present request
     NetstringReader reader;
     Spool out;                      // what it has not taken yet of its request
     Connection* current = nullptr;  // null: nobody waits for this response any more
@@ -1770,8 +1797,8 @@ struct Runner {
 };
 
 /// In the forked child: becomes the runner. Only its two pipes go with it.
-[[noreturn]] void exec_runner(const Config& config, const Fd& in, const Fd& out,
-                              const string& boot, pid_t worker, rlim_t files) {
+[[noreturn]] void exec_runner(const Config& config, const Fd& in, const Fd& out, const string& boot,
+                              pid_t worker, rlim_t files) {
     for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
     ::setpgid(0, 0);  // Ctrl-C is for the server; and what the application forks can be ended too
     ::dup2(in.get(), STDIN_FILENO);
@@ -1834,7 +1861,9 @@ Error start_runner(const Config& config, Runner& runner, rlim_t files) {
     for (const int i : {0, 1}) { runner.to[i] = std::move(requests[i].second); }
     runner.from = std::move(replies.first);
     if (python) { (void)write_all(runner.to[0], source); }  // waitpid() tells if it died
-    for (const Fd* end : {&runner.to[0], &runner.to[1], &runner.from}) { set_flags(end->get(), true); }
+    for (const Fd* end : {&runner.to[0], &runner.to[1], &runner.from}) {
+        set_flags(end->get(), true);
+    }
     return {};
 }
 
@@ -1856,8 +1885,8 @@ enum class State { ReadHead, ReadBody, Ready, Run, Reply, Linger, Done };
 
 /// The part of a connection that goes through the ready queue as it is.
 struct Passport {
-    Time accepted, started;          // connected; the request was complete
-    int64_t stored = 0;              // bytes of the body that are in a file
+    Time accepted, started;  // connected; the request was complete
+    int64_t stored = 0;      // bytes of the body that are in a file
     size_t env_size = 0;
     int minor = 0;                   // HTTP/1.minor
     bool bodyless = false;           // HEAD, 204, 304: the response has no body
@@ -1875,9 +1904,9 @@ struct Connection {
     bool fresh = true;   // something has happened since the last tick
     string in;           // read and not yet understood
     RequestParser parser;
-    string env;                              // environ block, once the head is complete
-    Spool body, out;                         // of the request; what the client has not taken yet
-    string app_head, head;                   // of the response: the application's, the client's
+    string env;             // environ block, once the head is complete
+    Spool body, out;        // of the request; what the client has not taken yet
+    string app_head, head;  // of the response: the application's, the client's
     Response response;
     int64_t left = -1;                       // of the response's Content-Length; -1: none
     int64_t body_bytes = 0;                  // of the response, so far
@@ -1922,11 +1951,11 @@ ssize_t exchange_message(const Fd& queue, bool send, char* data, size_t size, in
 // ============================================================================
 //  10. Worker: one select loop between clients, the ready queue and the runner
 // ============================================================================
-constexpr auto kTick = 100ms;         // how exact a deadline is
-constexpr auto kColdDelay = 20ms;     // how long select() may leave out who was silent for a tick
-constexpr auto kAcceptDelay = 10ms;   // how long a busy worker leaves connections to idle ones
-constexpr auto kAhead = 1ms;          // how long a request may lie ready for a busy runner
-constexpr auto kKillDelay = 500ms;    // from asking a process to go to SIGKILL
+constexpr auto kTick = 100ms;        // how exact a deadline is
+constexpr auto kColdDelay = 20ms;    // how long select() may leave out who was silent for a tick
+constexpr auto kAcceptDelay = 10ms;  // how long a busy worker leaves connections to idle ones
+constexpr auto kAhead = 1ms;         // how long a request may lie ready for a busy runner
+constexpr auto kKillDelay = 500ms;   // from asking a process to go to SIGKILL
 constexpr auto kLingerSilence = 2s, kLingerTotal = 10s;  // as nginx's lingering_close
 constexpr size_t kReplyMemory = size_t{1} << 20, kWorkerMemory = size_t{16} << 20;
 #ifdef MSG_MORE
@@ -1938,8 +1967,8 @@ constexpr int kMore = 0;
 class Worker {
 public:
     /// `queue` is what every worker of every generation inherits; a byte into `arbiter` wakes it.
-    Worker(const Config& config, std::vector<Listener>& listeners, const Pair& queue,
-           const Fd& tmp, Fd arbiter, pid_t arbiter_pid, rlim_t files)
+    Worker(const Config& config, std::vector<Listener>& listeners, const Pair& queue, const Fd& tmp,
+           Fd arbiter, pid_t arbiter_pid, rlim_t files)
         : config_(config), listeners_(listeners), queue_(queue), tmp_(tmp),
           arbiter_(std::move(arbiter)), arbiter_pid_(arbiter_pid), files_(files) {}
 
@@ -1987,8 +2016,9 @@ private:
 
     /// Whether a runner is still wanted.
     bool has_work() const {
-        return stop_ < Stop::Leave || (stop_ < Stop::Now &&
-               (connected_ > 0 || (stop_ == Stop::Drain && !dismissed_ && !queue_is_empty())));
+        return stop_ < Stop::Leave ||
+               (stop_ < Stop::Now &&
+                (connected_ > 0 || (stop_ == Stop::Drain && !dismissed_ && !queue_is_empty())));
     }
 
     void handle_signals() {
@@ -2034,7 +2064,8 @@ private:
             if (FD_ISSET(fd, &cold_)) { FD_SET(fd, &reads); }
         }
         const Time until = prepare(reads, writes);
-        wait_ready(max_fd_, reads, writes, colds_ > 0 && !look ? std::min(until, look_again_) : until);
+        wait_ready(max_fd_, reads, writes,
+                   colds_ > 0 && !look ? std::min(until, look_again_) : until);
         now_ = Clock::now();
         if (look) { look_again_ = now_ + kColdDelay; }
         const auto is_set = [](const Fd& fd, const fd_set& set) {
@@ -2068,16 +2099,15 @@ private:
         if (to() && runner_.out.size() > 0) { FD_SET(to().get(), &writes); }
         if (successor_.from) { FD_SET(successor_.from.get(), &reads); }
         const bool room = connected_ <= config_.worker_connections || find_victim() != nullptr;
-        if (wants_request() && room && takes_from_queue()) {
-            FD_SET(queue_.second.get(), &reads);
-        }
+        if (wants_request() && room && takes_from_queue()) { FD_SET(queue_.second.get(), &reads); }
         // A busy worker leaves connections to idle ones for a while: or all would wake for one.
         const bool busy = runner_.phase == Phase::Busy;
         const Time accept_at = std::max(accept_again_, busy ? runner_.since + kAcceptDelay : now_);
         for (const Listener& each : listeners_) {
             if (booted_ && now_ >= accept_at) { FD_SET(each.fd.get(), &reads); }
         }
-        const Time until = std::min({next_tick_, pass_at(), stalled() ? next_tick_ : take_back_at()});
+        const Time until =
+            std::min({next_tick_, pass_at(), stalled() ? next_tick_ : take_back_at()});
         return booted_ && now_ < accept_at ? std::min(until, accept_at) : until;
     }
 
@@ -2209,7 +2239,8 @@ private:
         socklen_t size = sizeof peer;
         const auto address = reinterpret_cast<sockaddr*>(&peer);
 #ifdef SOCK_CLOEXEC
-        Fd fd(room ? ::accept4(listener.fd.get(), address, &size, SOCK_CLOEXEC | SOCK_NONBLOCK) : -1);
+        Fd fd(room ? ::accept4(listener.fd.get(), address, &size, SOCK_CLOEXEC | SOCK_NONBLOCK)
+                   : -1);
 #else
         Fd fd(room ? ::accept(listener.fd.get(), address, &size) : -1);
         if (fd) { set_flags(fd.get(), true); }
@@ -2345,9 +2376,9 @@ private:
 
     /// Answers in the server's own name, whatever became of the request.
     void refuse(Connection& c, const Error& error) {
-        log(error.code < 500 ? Level::Warning : Level::Error,
-            to_string(error.code) + " to " + c.ends.peer + ": " + error.text + ": " +
-                escape(c.request_line()));
+        log(error.code < 500 ? Level::Warning : Level::Error, to_string(error.code) + " to " +
+                                                                  c.ends.peer + ": " + error.text +
+                                                                  ": " + escape(c.request_line()));
         const Request& request = c.parser.request;  // perhaps only part of one
         c.pass.minor = std::max(c.pass.minor, request.minor);
         c.pass.bodyless = c.pass.bodyless || request.method == "HEAD";
@@ -2368,9 +2399,8 @@ private:
         while (c.out.size() > 0) {
             const string_view data = c.out.front();
             const bool last = c.complete && !c.pass.more && !c.broken;
-            const ssize_t n = retry([&] {
-                return ::send(c.socket.get(), data.data(), data.size(), last ? kMore : 0);
-            });
+            const ssize_t n = retry(
+                [&] { return ::send(c.socket.get(), data.data(), data.size(), last ? kMore : 0); });
             if (n < 0) { return would_block() ? void() : client_gone(c); }
             c.out.pop(static_cast<size_t>(n));
             if (c.state == State::Reply) { set_state(c, State::Reply); }
@@ -2443,7 +2473,9 @@ private:
                 continue;
             }
             queue_again_ = now_ + 10ms;
-            if (errno == EMSGSIZE) { std::rotate(ready_.begin(), ready_.begin() + 1, ready_.end()); }
+            if (errno == EMSGSIZE) {
+                std::rotate(ready_.begin(), ready_.begin() + 1, ready_.end());
+            }
         }
     }
 
@@ -2552,7 +2584,8 @@ private:
     /// it has read a part, which POSIX allows above PIPE_BUF, the rest goes in again.
     Connection* take_back() {
         const int other = 1 - runner_.turn;
-        const ssize_t n = runner_.ahead == 0 ? 0 : read_some(runner_.back[other], buffer_, kMaxMessage);
+        const ssize_t n =
+            runner_.ahead == 0 ? 0 : read_some(runner_.back[other], buffer_, kMaxMessage);
         const size_t size = static_cast<size_t>(std::max<ssize_t>(n, 0));
         if (size < runner_.ahead) {
             if (size > 0) { (void)write_some(runner_.to[other], string_view(buffer_, size)); }
@@ -2686,7 +2719,8 @@ private:
         const bool cut = good && c->left > 0;
         if (!good || cut) {
             log(Level::Error, (cut ? "The response is shorter than its Content-Length: "
-                                   : "Error handling request: ") + escape(c->request_line()));
+                                   : "Error handling request: ") +
+                                  escape(c->request_line()));
         }
         if (good && c->chunked) { c->out.append("0\r\n\r\n", kReplyMemory); }
         end_response(*c, good && !cut, {500, "the application failed"});
@@ -2729,7 +2763,8 @@ private:
     /// The runner has had its --max-requests: another is started, and until that has loaded the
     /// application this one goes on.
     void start_successor() {
-        runner_.left = 1;  // should it fail, or another be on its way yet, the next request tries again
+        runner_.left =
+            1;  // should it fail, or another be on its way yet, the next request tries again
         if (successor_.pid > 0 || predecessor_.pid > 0 || now_ < succeed_again_) { return; }
         if (Error error = boot(successor_)) {
             succeed_again_ = now_ + 1s;
@@ -2821,9 +2856,10 @@ private:
         const Runner gone = std::exchange(runner_, Runner());
         if (WIFSIGNALED(status)) { ::kill(-gone.pid, SIGKILL); }
         if (has_work() || (status != 0 && gone.signal == 0)) {
-            log(Level::Error, "Runner (pid:" + to_string(gone.pid) + ") " + exit_text(status) +
-                                  (gone.signal != 0 ? ", sent by this server" : "") +
-                                  (gone.current != nullptr ? ": " + escape(gone.current->request_line()) : ""));
+            log(Level::Error,
+                "Runner (pid:" + to_string(gone.pid) + ") " + exit_text(status) +
+                    (gone.signal != 0 ? ", sent by this server" : "") +
+                    (gone.current != nullptr ? ": " + escape(gone.current->request_line()) : ""));
         }
         for (Connection* c : {gone.current, gone.next}) {
             if (c != nullptr) { end_response(*c, false, {502, "the runner died"}); }
@@ -2863,7 +2899,7 @@ private:
     const Fd arbiter_;
     const pid_t arbiter_pid_;
     const rlim_t files_;
-    Runner runner_, successor_, predecessor_;  // the one at work; booting; leaving
+    Runner runner_, successor_, predecessor_;              // the one at work; booting; leaving
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
     std::vector<Connection*> ready_;                       // complete, waiting here for a runner
     int connected_ = 0, failures_ = 0, status_ = 0, max_fd_ = 0;
@@ -2887,9 +2923,9 @@ private:
 // ============================================================================
 struct WorkerInfo {
     pid_t pid;
-    int generation;              // of the reload it belongs to
-    Fd tmp;                      // its heartbeat file
-    Time spawned, last_change;   // when, on our clock, we saw the heartbeat change
+    int generation;             // of the reload it belongs to
+    Fd tmp;                     // its heartbeat file
+    Time spawned, last_change;  // when, on our clock, we saw the heartbeat change
     struct timespec last_update {};
     Time stop_by = Time::max();  // SIGKILL, once it has been told to stop
     bool booted = false, stopping = false, aborted = false;
@@ -2939,14 +2975,15 @@ private:
         for (const int fd : fds) { set_flags(fd, true); }
         if (Error error = make_pipe(g_self_pipe, true)) { return error; }
         set_signals({SIGUSR2}, SIG_IGN);
-        set_signals({SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGCHLD, SIGUSR1, SIGWINCH},
-                    on_signal);
+        set_signals(
+            {SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGCHLD, SIGUSR1, SIGWINCH},
+            on_signal);
         return {};
     }
 
     void handle_signal(int number) {
         static constexpr std::pair<int, const char*> kNames[] = {
-            {SIGHUP, "hup"}, {SIGINT, "int"}, {SIGQUIT, "quit"}, {SIGTERM, "term"},
+            {SIGHUP, "hup"},   {SIGINT, "int"},   {SIGQUIT, "quit"}, {SIGTERM, "term"},
             {SIGTTIN, "ttin"}, {SIGTTOU, "ttou"}, {SIGUSR1, "usr1"}, {SIGWINCH, "winch"}};
         for (const auto& [each, name] : kNames) {
             if (each == number) { log(Level::Info, string("Handling signal: ") + name); }
@@ -3023,7 +3060,9 @@ private:
             aborting_ = true;
             worker.last_change = now_ - config_.timeout + kKillDelay;
             const bool again = std::exchange(worker.aborted, true);
-            if (!again) { log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(worker.pid) + ")"); }
+            if (!again) {
+                log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(worker.pid) + ")");
+            }
             ::kill(worker.pid, again ? SIGKILL : SIGABRT);
         }
     }
@@ -3075,12 +3114,11 @@ private:
             alive += counts ? 1 : 0;
             ready += counts && worker.booted ? 1 : 0;
         }
-        if (std::exchange(tell_ready_, tell_ready_ && (ready == 0 || canary_ > 0)) && !tell_ready_) {
+        if (std::exchange(tell_ready_, tell_ready_ && (ready == 0 || canary_ > 0)) &&
+            !tell_ready_) {
             notify_systemd(config_, "READY=1\nSTATUS=" + to_string(wanted) + " workers");
         }
-        while (alive < wanted && now_ >= spawn_again_ && spawn_worker(generation_) > 0) {
-            ++alive;
-        }
+        while (alive < wanted && now_ >= spawn_again_ && spawn_worker(generation_) > 0) { ++alive; }
         for (WorkerInfo& worker : workers_) {  // the oldest first
             const bool old = worker.generation < generation_ && ready >= wanted;
             const bool surplus = worker.generation == generation_ && alive > wanted;
@@ -3165,7 +3203,9 @@ Error apply(Config& config, rlim_t& files) {
     ::setrlimit(RLIMIT_NOFILE, &limit);
     const int others = 20 + static_cast<int>(config.bind.size());  // that select() sees
     int most = static_cast<int>(std::min<rlim_t>(limit.rlim_cur, FD_SETSIZE)) - others;
-    if (limit.rlim_cur < 2 * FD_SETSIZE) { most = std::max(1, (most - 12) / 2); }  // shared with files
+    if (limit.rlim_cur < 2 * FD_SETSIZE) {
+        most = std::max(1, (most - 12) / 2);
+    }                                     // shared with files
     if (config.worker_tmp_dir.empty()) {  // a disk that stalls must not look like a dead worker
         const bool shm = ::access("/dev/shm", W_OK | X_OK) == 0;
         config.worker_tmp_dir = shm ? "/dev/shm" : temp_dir();
@@ -3214,9 +3254,7 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
     }
     for (const Address& address : addresses) {
         if (config.check_config || config.inherited > 0) { break; }
-        if (Error error = bind_address(address, config, listeners.emplace_back())) {
-            return error;
-        }
+        if (Error error = bind_address(address, config, listeners.emplace_back())) { return error; }
     }
     return {};
 }

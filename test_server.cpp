@@ -79,7 +79,8 @@ string read_frames(string_view bytes, size_t step) {
         const string_view part = bytes.substr(at, step);
         const std::vector<char> block(part.begin(), part.end());
         string_view in(block.data(), block.size()), piece;
-        for (auto event = NetstringReader::Event::Piece; event != NetstringReader::Event::NeedMore;) {
+        for (auto event = NetstringReader::Event::Piece;
+             event != NetstringReader::Event::NeedMore;) {
             event = reader.next(in, piece);
             if (event == NetstringReader::Event::Bad) { return events + "bad"; }
             if (event == NetstringReader::Event::Piece) { events += piece; }
@@ -223,7 +224,7 @@ struct Server {
     TempDir dir;
     string mark;
     pid_t pid = -1;
-    int status = -1;  // as from waitpid, once it has ended
+    int status = -1;                                  // as from waitpid, once it has ended
     static inline std::function<void()> before_exec;  // run in the child, where set
 
     /// Starts $SERVER with `args`, in a directory that holds `app` as app.py. The application
@@ -257,8 +258,10 @@ struct Server {
             ::setpgid(0, 0);
             ::putenv(mark.data());
             for (string& pair : env) { ::putenv(pair.data()); }
-            const int out = ::open((dir.path + "/out").c_str(), O_WRONLY | O_CREAT | O_APPEND, 0644);
-            const int err = ::open((dir.path + "/err").c_str(), O_WRONLY | O_CREAT | O_APPEND, 0644);
+            const int out =
+                ::open((dir.path + "/out").c_str(), O_WRONLY | O_CREAT | O_APPEND, 0644);
+            const int err =
+                ::open((dir.path + "/err").c_str(), O_WRONLY | O_CREAT | O_APPEND, 0644);
             ::dup2(out, 1);
             ::dup2(err, 2);
             if (before_exec) { before_exec(); }
@@ -448,7 +451,8 @@ struct Reply {
             const size_t colon = line.find(':');
             string name = line.substr(0, colon);
             for (char& c : name) { c = lower(c); }
-            fields[name] = string(trim(string_view(line).substr(colon + 1, line.size() - colon - 2)));
+            fields[name] =
+                string(trim(string_view(line).substr(colon + 1, line.size() - colon - 2)));
         }
         if (fields.count("transfer-encoding") != 0) { join_chunks(); }
         if (fields.count("content-length") != 0) {
@@ -480,8 +484,7 @@ Reply request(int port, string_view bytes, std::chrono::milliseconds limit = 10s
     return Reply(client.read_all(limit));
 }
 
-Reply get(const Server& server, const string& target = "/",
-          std::chrono::milliseconds limit = 10s) {
+Reply get(const Server& server, const string& target = "/", std::chrono::milliseconds limit = 10s) {
     return request(server.port(), "GET " + target + " HTTP/1.1\r\nHost: x\r\n\r\n", limit);
 }
 
@@ -700,8 +703,7 @@ TEST_CASE("a request line is understood as RFC 9112 says, or refused") {
         {"absolute form with https", "GET https://h/ HTTP/1.1", 0, "GET|/||HTTP/1.1|HTTP_HOST=h"},
         {"absolute form with an IPv6 host", "GET http://[::1]:8/ HTTP/1.1", 0,
          "GET|/||HTTP/1.1|HTTP_HOST=[::1]:8"},
-        {"absolute form without a path", "GET http://h HTTP/1.1", 0,
-         "GET|/||HTTP/1.1|HTTP_HOST=h"},
+        {"absolute form without a path", "GET http://h HTTP/1.1", 0, "GET|/||HTTP/1.1|HTTP_HOST=h"},
         {"absolute form with only a query", "GET http://h?q HTTP/1.1", 0,
          "GET|/|q|HTTP/1.1|HTTP_HOST=h"},
         {"absolute form with user information", "GET http://user@h/ HTTP/1.1", 400},
@@ -734,8 +736,7 @@ TEST_CASE("header fields reach the environ as RFC 9112 and PEP 3333 say, or are 
         {"bytes above ASCII in a value", "A: \xe9\xff\x80\r\n", 0, "|HTTP_A=\xe9\xff\x80"},
         {"repeated fields are joined", "A: 1\r\nB: 2\r\na: 3\r\n", 0, "|HTTP_A=1,3|HTTP_B=2"},
         {"repeated empty fields are joined", "A:\r\nA:\r\nA: 1\r\n", 0, "|HTTP_A=,,1"},
-        {"cookies are joined with ;", "Cookie: a=1\r\ncookie: b=2\r\n", 0,
-         "|HTTP_COOKIE=a=1; b=2"},
+        {"cookies are joined with ;", "Cookie: a=1\r\ncookie: b=2\r\n", 0, "|HTTP_COOKIE=a=1; b=2"},
         {"Content-Type without HTTP_", "Content-Type: text/plain\r\n", 0,
          "|CONTENT_TYPE=text/plain"},
         {"two Content-Types", "Content-Type: a/b\r\ncontent-type: a/b\r\n", 400},
@@ -767,7 +768,10 @@ TEST_CASE("header fields reach the environ as RFC 9112 and PEP 3333 say, or are 
         {"a bare LF ends no head", "A: b\r\n\n", 400},
         {"NUL in a value", "A: b\0c\r\n"s, 400},
         {"a control character in a value", "A: \x02\r\n", 400},
-        {"a vertical tab before a value", "A: \x0b" "b\r\n", 400},
+        {"a vertical tab before a value",
+         "A: \x0b"
+         "b\r\n",
+         400},
         {"DEL in a value", "A: \x7f\r\n", 400},
         // Host
         {"a host", "Host: example.org\r\n", 0, "|HTTP_HOST=example.org"},
@@ -800,8 +804,7 @@ TEST_CASE("header fields reach the environ as RFC 9112 and PEP 3333 say, or are 
         {"two equal Content-Lengths", "Content-Length: 5\r\nContent-Length: 5\r\n", 400},
         {"two Content-Lengths", "Content-Length: 5\r\nContent-length: 6\r\n", 400},
         // Transfer-Encoding
-        {"chunked", "Transfer-Encoding: chunked\r\n", 0,
-         "|HTTP_TRANSFER_ENCODING=chunked|chunked"},
+        {"chunked", "Transfer-Encoding: chunked\r\n", 0, "|HTTP_TRANSFER_ENCODING=chunked|chunked"},
         {"chunked in capitals", "TRANSFER-ENCODING: CHUNKED\r\n", 0,
          "|HTTP_TRANSFER_ENCODING=CHUNKED|chunked"},
         {"chunked twice", "Transfer-Encoding: chunked, chunked\r\n", 400},
@@ -822,7 +825,10 @@ TEST_CASE("header fields reach the environ as RFC 9112 and PEP 3333 say, or are 
         {"two words", "Transfer-Encoding: x chunked\r\n", 400},
         {"chunked in quotes", "Transfer-Encoding: \"chunked\"\r\n", 400},
         {"a parameter of chunked", "Transfer-Encoding: chunked;q=1\r\n", 400},
-        {"a vertical tab before chunked", "Transfer-Encoding: \x0b" "chunked\r\n", 400},
+        {"a vertical tab before chunked",
+         "Transfer-Encoding: \x0b"
+         "chunked\r\n",
+         400},
         {"chunked after a Content-Length", "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
          400},
         {"chunked before a Content-Length", "Transfer-Encoding: chunked\r\nContent-Length: 5\r\n",
@@ -864,12 +870,12 @@ TEST_CASE("a head is a head only as a whole") {
         {"gzip on 1.0", "PUT / HTTP/1.0\r\nTransfer-Encoding: gzip\r\n\r\n", 400},
         {"chunked on 1.2", "PUT / HTTP/1.2\r\nTransfer-Encoding: chunked\r\n\r\n", 0,
          "PUT|/||HTTP/1.1|HTTP_TRANSFER_ENCODING=chunked|chunked"},
-        {"100-continue on 1.0 is not answered", "PUT / HTTP/1.0\r\nExpect: 100-continue\r\n\r\n",
-         0, "PUT|/||HTTP/1.0|HTTP_EXPECT=100-continue"},
+        {"100-continue on 1.0 is not answered", "PUT / HTTP/1.0\r\nExpect: 100-continue\r\n\r\n", 0,
+         "PUT|/||HTTP/1.0|HTTP_EXPECT=100-continue"},
         {"the host of the target wins", "GET http://a/ HTTP/1.1\r\nX: 1\r\nHost: b\r\n\r\n", 0,
          "GET|/||HTTP/1.1|HTTP_X=1|HTTP_HOST=a"},
-        {"a bad Host beside the host of the target",
-         "GET http://a/ HTTP/1.1\r\nHost: b c\r\n\r\n", 400},
+        {"a bad Host beside the host of the target", "GET http://a/ HTTP/1.1\r\nHost: b c\r\n\r\n",
+         400},
         {"no Host on 1.1 is served", "GET / HTTP/1.1\r\nX: 1\r\n\r\n", 0,
          "GET|/||HTTP/1.1|HTTP_X=1"},
     };
@@ -878,9 +884,7 @@ TEST_CASE("a head is a head only as a whole") {
         const Outcome outcome = parse_head(row.bytes);
         CHECK(outcome.status == row.status);
         CHECK(outcome.meaning == row.meaning);
-        if (outcome.status == 0) {
-            CHECK(outcome.used == row.bytes.find("\r\n\r\n") + 4);
-        }
+        if (outcome.status == 0) { CHECK(outcome.used == row.bytes.find("\r\n\r\n") + 4); }
     }
 }
 
@@ -1007,8 +1011,8 @@ TEST_CASE("a body is read by its framing, whole or byte by byte") {
         {"bytes behind the chunks", kChunked, "1\r\na\r\n0\r\n\r\nGET /", 0, "a", 5},
         {"a chunk that looks like the end", kChunked, "5\r\n0\r\n\r\n\r\n0\r\n\r\n", 0,
          "0\r\n\r\n"},
-        {"hexadecimal in both cases", kChunked,
-         "a\r\n0123456789\r\nB\r\n0123456789a\r\n0\r\n\r\n", 0, "01234567890123456789a"},
+        {"hexadecimal in both cases", kChunked, "a\r\n0123456789\r\nB\r\n0123456789a\r\n0\r\n\r\n",
+         0, "01234567890123456789a"},
         {"zeros before the size", kChunked, "0000000000000002\r\nab\r\n0000\r\n\r\n", 0, "ab"},
         {"a size of 17 digits", kChunked, "00000000000000002\r\nab\r\n0\r\n\r\n", 400},
         {"a size of 63 bits", kChunked, "7fffffffffffffff\r\na", kWantsMore, "a"},
@@ -1126,9 +1130,9 @@ TEST_CASE("whatever bytes come, chunks read byte by byte mean what they mean who
 
 TEST_CASE("the environ block holds what PEP 3333 asks for") {
     const SetEnv no_prefix("SCRIPT_NAME", nullptr);
-    const Request request =
-        request_of("POST /a%20b/\xff?c=%20#d HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n"
-                   "Content-Type: x/y\r\nX-Empty:\r\nX-Two: 1\r\nX-Two: 2\r\n\r\n");
+    const Request request = request_of(
+        "POST /a%20b/\xff?c=%20#d HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n"
+        "Content-Type: x/y\r\nX-Empty:\r\nX-Two: 1\r\nX-Two: 2\r\n\r\n");
     const string block = make_environ(request, {"10.0.0.1", "8000", "10.0.0.2", "50000"});
     map<string, string> found;
     size_t pairs = 0;
@@ -1136,20 +1140,30 @@ TEST_CASE("the environ block holds what PEP 3333 asks for") {
         const string name(cut(rest, '\0'));
         found[name] = cut(rest, '\0');
     }
-    const map<string, string> expected = {
-        {"CONTENT_LENGTH", "3"}, {"REQUEST_METHOD", "POST"}, {"SCRIPT_NAME", ""},
-        {"PATH_INFO", "/a b/\xff"},
-        {"QUERY_STRING", "c=%20"}, {"RAW_URI", "/a%20b/\xff?c=%20#d"},
-        {"REQUEST_URI", "/a%20b/\xff?c=%20#d"}, {"SERVER_PROTOCOL", "HTTP/1.1"},
-        {"SERVER_NAME", "10.0.0.1"}, {"SERVER_PORT", "8000"}, {"REMOTE_ADDR", "10.0.0.2"},
-        {"REMOTE_PORT", "50000"}, {"HTTP_HOST", "h"}, {"CONTENT_TYPE", "x/y"},
-        {"HTTP_X_EMPTY", ""}, {"HTTP_X_TWO", "1,2"}};
+    const map<string, string> expected = {{"CONTENT_LENGTH", "3"},
+                                          {"REQUEST_METHOD", "POST"},
+                                          {"SCRIPT_NAME", ""},
+                                          {"PATH_INFO", "/a b/\xff"},
+                                          {"QUERY_STRING", "c=%20"},
+                                          {"RAW_URI", "/a%20b/\xff?c=%20#d"},
+                                          {"REQUEST_URI", "/a%20b/\xff?c=%20#d"},
+                                          {"SERVER_PROTOCOL", "HTTP/1.1"},
+                                          {"SERVER_NAME", "10.0.0.1"},
+                                          {"SERVER_PORT", "8000"},
+                                          {"REMOTE_ADDR", "10.0.0.2"},
+                                          {"REMOTE_PORT", "50000"},
+                                          {"HTTP_HOST", "h"},
+                                          {"CONTENT_TYPE", "x/y"},
+                                          {"HTTP_X_EMPTY", ""},
+                                          {"HTTP_X_TWO", "1,2"}};
     for (const auto& each : expected) {
         CAPTURE(each.first);
         REQUIRE(found.count(each.first) == 1);
         CHECK(found[each.first] == each.second);
     }
-    CHECK(block.compare(0, 17, "CONTENT_LENGTH\0" "3\0"s) == 0);  // first, as SCGI wants it
+    CHECK(block.compare(0, 17,
+                        "CONTENT_LENGTH\0"
+                        "3\0"s) == 0);  // first, as SCGI wants it
     CHECK(found.count("HTTP_CONTENT_LENGTH") == 0);
     CHECK(pairs == found.size());
     CHECK(block.back() == '\0');
@@ -1160,9 +1174,14 @@ TEST_CASE("SCRIPT_NAME is cut from PATH_INFO at a whole segment") {
         const char* prefix;
         string target, script_name, path_info;
     } cases[] = {
-        {nullptr, "/a/b", "", "/a/b"}, {"", "/a/b", "", "/a/b"},   {"/a", "/a/b", "/a", "/b"},
-        {"/a", "/a", "/a", ""},        {"/a", "/a/", "/a", "/"},   {"/a", "/ab", "", "/ab"},
-        {"/a", "/", "", "/"},          {"/a/b", "/a/b/c", "/a/b", "/c"},
+        {nullptr, "/a/b", "", "/a/b"},
+        {"", "/a/b", "", "/a/b"},
+        {"/a", "/a/b", "/a", "/b"},
+        {"/a", "/a", "/a", ""},
+        {"/a", "/a/", "/a", "/"},
+        {"/a", "/ab", "", "/ab"},
+        {"/a", "/", "", "/"},
+        {"/a/b", "/a/b/c", "/a/b", "/c"},
         {"/a b", "/a%20b/c", "/a b", "/c"},
     };
     for (const auto& row : cases) {
@@ -1207,10 +1226,24 @@ TEST_CASE("percent_decode takes well-formed escapes only, and refuses NUL") {
         string text, decoded;
         bool good = true;
     } cases[] = {
-        {"", ""}, {"abc", "abc"}, {"%41", "A"}, {"a%2Fb%2fc", "a/b/c"}, {"%ff%FF", "\xff\xff"},
-        {"%", "%"}, {"%4", "%4"}, {"%4%41", "%4A"}, {"%%41", "%A"}, {"%g1%1g", "%g1%1g"},
-        {"%2541", "%41"}, {"%01%7f", "\x01\x7f"}, {"%00", "", false}, {"a%00b", "", false},
-        {"%0", "%0"}, {"%-1", "%-1"}, {"% 1", "% 1"}, {"%0x41", "%0x41"},
+        {"", ""},
+        {"abc", "abc"},
+        {"%41", "A"},
+        {"a%2Fb%2fc", "a/b/c"},
+        {"%ff%FF", "\xff\xff"},
+        {"%", "%"},
+        {"%4", "%4"},
+        {"%4%41", "%4A"},
+        {"%%41", "%A"},
+        {"%g1%1g", "%g1%1g"},
+        {"%2541", "%41"},
+        {"%01%7f", "\x01\x7f"},
+        {"%00", "", false},
+        {"a%00b", "", false},
+        {"%0", "%0"},
+        {"%-1", "%-1"},
+        {"% 1", "% 1"},
+        {"%0x41", "%0x41"},
     };
     for (const auto& row : cases) {
         CAPTURE(row.text);
@@ -1222,14 +1255,30 @@ TEST_CASE("percent_decode takes well-formed escapes only, and refuses NUL") {
 }
 
 TEST_CASE("is_host knows RFC 3986's host and port") {
-    const string good[] = {"", "a", "example.org", "EXAMPLE.org.", "a-b_c~d", "127.0.0.1", "a:80",
-                          "a:", ":80", "[::1]", "[::1]:80", "[::1]:", "[2001:db8::ff]:8000",
-                          "[::ffff:127.0.0.1]", "!$&'()*+,;=", "%41b", "a%2D", "a:65536"};
-    const string bad[] = {" ", "a b", "a/b", "a?b", "a#b", "a@b", "u:p@h", "a:b", "a:80:80", "a:-1",
-                         "a:+1", "::1", "[", "[]", "[]:80", "[::1", "::1]", "a]", "[::1]80",
-                         "[::1]x", "[::1]:x", "a[::1]", "[[::1]]", "[::1@]", "%", "a%4", "a%4g",
-                         "a\\b", "a\"b", "a<b", "a|b", "a^b", "a`b", "{a}", "\x7f", "\xc3\xa9",
-                         "a\tb"};
+    const string good[] = {"",
+                           "a",
+                           "example.org",
+                           "EXAMPLE.org.",
+                           "a-b_c~d",
+                           "127.0.0.1",
+                           "a:80",
+                           "a:",
+                           ":80",
+                           "[::1]",
+                           "[::1]:80",
+                           "[::1]:",
+                           "[2001:db8::ff]:8000",
+                           "[::ffff:127.0.0.1]",
+                           "!$&'()*+,;=",
+                           "%41b",
+                           "a%2D",
+                           "a:65536"};
+    const string bad[] = {" ",        "a b",     "a/b",    "a?b",  "a#b",     "a@b",    "u:p@h",
+                          "a:b",      "a:80:80", "a:-1",   "a:+1", "::1",     "[",      "[]",
+                          "[]:80",    "[::1",    "::1]",   "a]",   "[::1]80", "[::1]x", "[::1]:x",
+                          "a[::1]",   "[[::1]]", "[::1@]", "%",    "a%4",     "a%4g",   "a\\b",
+                          "a\"b",     "a<b",     "a|b",    "a^b",  "a`b",     "{a}",    "\x7f",
+                          "\xc3\xa9", "a\tb"};
     for (const string& text : good) {
         CAPTURE(text);
         CHECK(is_host(Exact(text).view()));
@@ -1268,17 +1317,28 @@ TEST_CASE("split_field cuts a field line at its first colon") {
         bool good;
         string name = "", value = "";
     } cases[] = {
-        {"A: b", true, "A", "b"},       {"A:b", true, "A", "b"},
-        {"a-b:\t c:d \t", true, "a-b", "c:d"}, {"A:", true, "A", ""},
-        {"A: \t", true, "A", ""},       {"A: b\tc", true, "A", "b\tc"},
-        {"A: \xff", true, "A", "\xff"}, {"", false},
-        {"A", false},                   {":", false},
-        {": b", false},                 {" A: b", false},
-        {"\tA: b", false},              {"A : b", false},
-        {"A B: c", false},              {"A: b\rc", false},
-        {"A: b\n", false},              {"A: \0"s, false},
-        {"A: \x1b", false},             {"A: \x7f", false},
-        {"A\0: b"s, false},             {"\xff: b", false},
+        {"A: b", true, "A", "b"},
+        {"A:b", true, "A", "b"},
+        {"a-b:\t c:d \t", true, "a-b", "c:d"},
+        {"A:", true, "A", ""},
+        {"A: \t", true, "A", ""},
+        {"A: b\tc", true, "A", "b\tc"},
+        {"A: \xff", true, "A", "\xff"},
+        {"", false},
+        {"A", false},
+        {":", false},
+        {": b", false},
+        {" A: b", false},
+        {"\tA: b", false},
+        {"A : b", false},
+        {"A B: c", false},
+        {"A: b\rc", false},
+        {"A: b\n", false},
+        {"A: \0"s, false},
+        {"A: \x1b", false},
+        {"A: \x7f", false},
+        {"A\0: b"s, false},
+        {"\xff: b", false},
     };
     for (const auto& row : cases) {
         CAPTURE(row.line);
@@ -1299,13 +1359,30 @@ TEST_CASE("parse_number reads digits and nothing else") {
         bool good;
         int64_t number = 0;
     } cases[] = {
-        {"0", 10, true, 0}, {"7", 10, true, 7}, {"007", 10, true, 7},
-        {"9223372036854775807", 10, true, INT64_MAX}, {"9223372036854775808", 10, false},
-        {"18446744073709551616", 10, false}, {"", 10, false}, {"-1", 10, false}, {"-0", 10, false},
-        {"-", 10, false}, {"+1", 10, false}, {" 1", 10, false}, {"1 ", 10, false},
-        {"1e3", 10, false}, {"1.0", 10, false}, {"0x1", 10, false}, {"a", 10, false},
-        {"ff", 16, true, 255}, {"FF", 16, true, 255}, {"7fffffffffffffff", 16, true, INT64_MAX},
-        {"8000000000000000", 16, false}, {"0x1", 16, false}, {"g", 16, false}, {"-1", 16, false},
+        {"0", 10, true, 0},
+        {"7", 10, true, 7},
+        {"007", 10, true, 7},
+        {"9223372036854775807", 10, true, INT64_MAX},
+        {"9223372036854775808", 10, false},
+        {"18446744073709551616", 10, false},
+        {"", 10, false},
+        {"-1", 10, false},
+        {"-0", 10, false},
+        {"-", 10, false},
+        {"+1", 10, false},
+        {" 1", 10, false},
+        {"1 ", 10, false},
+        {"1e3", 10, false},
+        {"1.0", 10, false},
+        {"0x1", 10, false},
+        {"a", 10, false},
+        {"ff", 16, true, 255},
+        {"FF", 16, true, 255},
+        {"7fffffffffffffff", 16, true, INT64_MAX},
+        {"8000000000000000", 16, false},
+        {"0x1", 16, false},
+        {"g", 16, false},
+        {"-1", 16, false},
     };
     for (const auto& row : cases) {
         CAPTURE(row.text);
@@ -1365,12 +1442,32 @@ TEST_CASE("an address to listen on has one of gunicorn's forms") {
         {"unix:a.sock", true, "", "", "a.sock"},
         {"unix:" + longest, true, "", "", longest},
         {"fd://3", true, "", "", "", 3},
-        {"", false}, {":", false}, {"x:", false}, {"x:65536", false}, {"x:99999", false},
-        {"x:-1", false}, {"x:+1", false}, {"x: 80", false}, {"x:80 ", false}, {"x:http", false},
-        {"x:0x50", false}, {"x:99999999999999999999", false}, {"::1", false}, {"::1:80", false},
-        {"[::1", false}, {"[::1]80", false}, {"[::1]:", false}, {"[::1]:x", false},
-        {"unix:", false}, {"unix://", false}, {"unix:" + longest + "p", false}, {"fd://", false},
-        {"fd://x", false}, {"fd://-1", false}, {"fd://2147483648", false}, {"a:b:80", false},
+        {"", false},
+        {":", false},
+        {"x:", false},
+        {"x:65536", false},
+        {"x:99999", false},
+        {"x:-1", false},
+        {"x:+1", false},
+        {"x: 80", false},
+        {"x:80 ", false},
+        {"x:http", false},
+        {"x:0x50", false},
+        {"x:99999999999999999999", false},
+        {"::1", false},
+        {"::1:80", false},
+        {"[::1", false},
+        {"[::1]80", false},
+        {"[::1]:", false},
+        {"[::1]:x", false},
+        {"unix:", false},
+        {"unix://", false},
+        {"unix:" + longest + "p", false},
+        {"fd://", false},
+        {"fd://x", false},
+        {"fd://-1", false},
+        {"fd://2147483648", false},
+        {"a:b:80", false},
     };
     for (const AddressCase& row : cases) {
         CAPTURE(row.text);
@@ -1469,16 +1566,35 @@ TEST_CASE("a number of more than 63 bits is out of range, not no number") {
 }
 
 TEST_CASE("an option takes its value in every usual form") {
-    const map<string, string> values = {
-        {"bind", ":81"}, {"workers", "7"}, {"worker-class", "sync"}, {"timeout", "7"},
-        {"graceful-timeout", "7"}, {"header-timeout", "7"}, {"backlog", "7"},
-        {"worker-connections", "7"}, {"limit-request-line", "7"}, {"limit-request-fields", "7"},
-        {"limit-request-field_size", "7"}, {"limit-request-body", "7"}, {"chdir", "/x"},
-        {"pythonpath", "/a,/b"}, {"env", "A=b=c"}, {"worker-tmp-dir", "/x"},
-        {"max-requests", "7"}, {"max-requests-jitter", "7"}, {"forwarded-allow-ips", "*"}, {"pid", "/x"}, {"user", "x"}, {"group", "x"},
-        {"umask", "0027"},
-        {"access-logfile", "-"}, {"access-logformat", "%(s)s"}, {"error-logfile", "/x"},
-        {"log-level", "debug"}, {"python", "/x"}, {"runner", "cmd -x"}};
+    const map<string, string> values = {{"bind", ":81"},
+                                        {"workers", "7"},
+                                        {"worker-class", "sync"},
+                                        {"timeout", "7"},
+                                        {"graceful-timeout", "7"},
+                                        {"header-timeout", "7"},
+                                        {"backlog", "7"},
+                                        {"worker-connections", "7"},
+                                        {"limit-request-line", "7"},
+                                        {"limit-request-fields", "7"},
+                                        {"limit-request-field_size", "7"},
+                                        {"limit-request-body", "7"},
+                                        {"chdir", "/x"},
+                                        {"pythonpath", "/a,/b"},
+                                        {"env", "A=b=c"},
+                                        {"worker-tmp-dir", "/x"},
+                                        {"max-requests", "7"},
+                                        {"max-requests-jitter", "7"},
+                                        {"forwarded-allow-ips", "*"},
+                                        {"pid", "/x"},
+                                        {"user", "x"},
+                                        {"group", "x"},
+                                        {"umask", "0027"},
+                                        {"access-logfile", "-"},
+                                        {"access-logformat", "%(s)s"},
+                                        {"error-logfile", "/x"},
+                                        {"log-level", "debug"},
+                                        {"python", "/x"},
+                                        {"runner", "cmd -x"}};
     for (const auto& each : values) {
         const string &name = each.first, &value = each.second;
         CAPTURE(name);
@@ -1514,19 +1630,32 @@ TEST_CASE("what stands on the command line wrongly is refused with its exit stat
         vector<string> args;
         string outcome;
     } cases[] = {
-        {{"--nope"}, "error 2"},        {{"-z"}, "error 2"},
-        {{"--nope=1"}, "error 2"},      {{"--work", "2"}, "error 2"},
-        {{"--Workers", "2"}, "error 2"}, {{"---"}, "error 2"},
-        {{"--=2"}, "error 2"},          {{"--help=1"}, "error 2"},
-        {{"a:b", "c:d"}, "error 2"},    {{"-k", "gevent"}, "error 1"},
-        {{"--log-level", "loud"}, "error 1"}, {{"-e", "A"}, "error 1"},
-        {{"-e", "=b"}, "error 1"},      {{"-w", "0"}, "error 1"},
-        {{"-w0"}, "error 1"},           {{"--backlog", "1e9"}, "error 2"},
-        {{"-m", "8"}, "error 1"},       {{"-m", "1000"}, "error 1"},
-        {{"-m", ""}, "error 1"},        {{"-m", "-1"}, "error 1"},
-        {{"-w", "Auto"}, "error 2"},    {{}, "app_example:app"},
-        {{"m"}, "m"},                   {{"--", "-m:a"}, "-m:a"},
-        {{"-w", "3", "--", "m:a"}, "m:a"}, {{"--", "m:a", "-w"}, "error 2"},
+        {{"--nope"}, "error 2"},
+        {{"-z"}, "error 2"},
+        {{"--nope=1"}, "error 2"},
+        {{"--work", "2"}, "error 2"},
+        {{"--Workers", "2"}, "error 2"},
+        {{"---"}, "error 2"},
+        {{"--=2"}, "error 2"},
+        {{"--help=1"}, "error 2"},
+        {{"a:b", "c:d"}, "error 2"},
+        {{"-k", "gevent"}, "error 1"},
+        {{"--log-level", "loud"}, "error 1"},
+        {{"-e", "A"}, "error 1"},
+        {{"-e", "=b"}, "error 1"},
+        {{"-w", "0"}, "error 1"},
+        {{"-w0"}, "error 1"},
+        {{"--backlog", "1e9"}, "error 2"},
+        {{"-m", "8"}, "error 1"},
+        {{"-m", "1000"}, "error 1"},
+        {{"-m", ""}, "error 1"},
+        {{"-m", "-1"}, "error 1"},
+        {{"-w", "Auto"}, "error 2"},
+        {{}, "app_example:app"},
+        {{"m"}, "m"},
+        {{"--", "-m:a"}, "-m:a"},
+        {{"-w", "3", "--", "m:a"}, "m:a"},
+        {{"--", "m:a", "-w"}, "error 2"},
     };
     for (const auto& row : cases) {
         string line;
@@ -1640,8 +1769,9 @@ TEST_CASE("the head of an application's response is checked") {
 }
 
 TEST_CASE("hop-by-hop fields of the application are dropped, and named for the log") {
-    const string names[] = {"Connection", "Keep-Alive", "Proxy-Authenticate", "upgrade", "TE",
-                            "Proxy-Authorization", "Trailers", "Trailer", "Transfer-Encoding"};
+    const string names[] = {"Connection", "Keep-Alive", "Proxy-Authenticate",
+                            "upgrade",    "TE",         "Proxy-Authorization",
+                            "Trailers",   "Trailer",    "Transfer-Encoding"};
     for (const string& name : names) {
         CAPTURE(name);
         Response response;
@@ -1665,23 +1795,47 @@ TEST_CASE("the final head has one Date, one Server, and Connection: close") {
         bool chunked;
         map<string, string> fields;  // that must be there; an empty value: not be there
     } cases[] = {
-        {"the server's own", "Status: 200 OK\n", 1, false,
+        {"the server's own",
+         "Status: 200 OK\n",
+         1,
+         false,
          {{"connection", "close"}, {"transfer-encoding", ""}, {"content-length", ""}}},
         {"chunked", "Status: 200 OK\n", 1, true, {{"transfer-encoding", "chunked"}}},
         {"for HTTP/1.0", "Status: 200 OK\n", 0, false, {{"connection", "close"}}},
-        {"the application's Date wins", "Status: 200 OK\ndate: today\n", 1, false,
+        {"the application's Date wins",
+         "Status: 200 OK\ndate: today\n",
+         1,
+         false,
          {{"date", "today"}}},
-        {"the application's Server wins", "Status: 200 OK\nSERVER: mine\n", 1, false,
+        {"the application's Server wins",
+         "Status: 200 OK\nSERVER: mine\n",
+         1,
+         false,
          {{"server", "mine"}}},
-        {"its Connection does not", "Status: 200 OK\nConnection: keep-alive\n", 1, false,
+        {"its Connection does not",
+         "Status: 200 OK\nConnection: keep-alive\n",
+         1,
+         false,
          {{"connection", "close"}}},
-        {"its Transfer-Encoding does not", "Status: 200 OK\nTransfer-Encoding: gzip\n", 1, true,
+        {"its Transfer-Encoding does not",
+         "Status: 200 OK\nTransfer-Encoding: gzip\n",
+         1,
+         true,
          {{"transfer-encoding", "chunked"}}},
-        {"a Content-Length is kept", "Status: 200 OK\nContent-Length: 5\n", 1, false,
+        {"a Content-Length is kept",
+         "Status: 200 OK\nContent-Length: 5\n",
+         1,
+         false,
          {{"content-length", "5"}}},
-        {"204 has no Content-Length", "Status: 204 No Content\nContent-Length: 0\n", 1, false,
+        {"204 has no Content-Length",
+         "Status: 204 No Content\nContent-Length: 0\n",
+         1,
+         false,
          {{"content-length", ""}}},
-        {"304 may have one", "Status: 304 Not Modified\nContent-Length: 5\n", 1, false,
+        {"304 may have one",
+         "Status: 304 Not Modified\nContent-Length: 5\n",
+         1,
+         false,
          {{"content-length", "5"}}},
     };
     for (const auto& row : cases) {
@@ -1855,15 +2009,15 @@ TEST_CASE("basic_user reads the user of a Basic authorization") {
     const struct {
         string credentials, user;
     } cases[] = {
-        {"Basic dXNlcjpwYXNz", "user"},              // user:pass
+        {"Basic dXNlcjpwYXNz", "user"},  // user:pass
         {"basic dXNlcjpwYXNz", "user"},
         {"BASIC   dXNlcjpwYXNz  ", "user"},
-        {"Basic dTo=", "u"},                         // u:
-        {"Basic dTo", "u"},                          // without its padding
-        {"Basic dXNlcjpwYTpzcw==", "user"},          // user:pa:ss
-        {"Basic OnB3", ""},                          // :pw
-        {"Basic dXNlcg==", ""},                      // no colon
-        {"Basic YQoiYjpj", "a\n\"b"},                // the log escapes it
+        {"Basic dTo=", "u"},                 // u:
+        {"Basic dTo", "u"},                  // without its padding
+        {"Basic dXNlcjpwYTpzcw==", "user"},  // user:pa:ss
+        {"Basic OnB3", ""},                  // :pw
+        {"Basic dXNlcg==", ""},              // no colon
+        {"Basic YQoiYjpj", "a\n\"b"},        // the log escapes it
         {"Basic w6k6eA==", "\xc3\xa9"},
         {"Basic", ""},
         {"Basic ", ""},
@@ -1881,8 +2035,10 @@ TEST_CASE("basic_user reads the user of a Basic authorization") {
 TEST_CASE("every atom of the access log has its value, or a dash") {
     const string env =
         "REQUEST_METHOD\0PUT\0PATH_INFO\0/a b\0QUERY_STRING\0q=1\0SERVER_PROTOCOL\0HTTP/1.1\0"
-        "REMOTE_ADDR\0" "10.0.0.9\0HTTP_REFERER\0http://r/\0HTTP_USER_AGENT\0curl\0"
-        "HTTP_AUTHORIZATION\0Basic dXNlcjpwYXNz\0HTTP_X_FORWARDED_FOR\0" "1.2.3.4\0"
+        "REMOTE_ADDR\0"
+        "10.0.0.9\0HTTP_REFERER\0http://r/\0HTTP_USER_AGENT\0curl\0"
+        "HTTP_AUTHORIZATION\0Basic dXNlcjpwYXNz\0HTTP_X_FORWARDED_FOR\0"
+        "1.2.3.4\0"
         "CONTENT_TYPE\0a/b\0"s;
     const string head = "HTTP/1.1 201 Created\r\nContent-Type: c/d\r\nX-Id: 7\r\n\r\n";
     Access full, none;
@@ -1968,8 +2124,8 @@ TEST_CASE("nothing that a client sent can break a line of the access log") {
     access.head = "HTTP/1.1 200 OK\r\nX: a\"b\\c\x1b\r\n\r\n";
     access.line = evil;
     access.peer = evil;
-    const string atoms[] = {"%(h)s", "%(r)s", "%(m)s", "%(U)s", "%(q)s", "%(H)s", "%(f)s",
-                            "%(a)s", "%({x}i)s", "%({PATH_INFO}e)s"};
+    const string atoms[] = {"%(h)s", "%(r)s", "%(m)s", "%(U)s",    "%(q)s",
+                            "%(H)s", "%(f)s", "%(a)s", "%({x}i)s", "%({PATH_INFO}e)s"};
     for (const string& atom : atoms) {
         CAPTURE(atom);
         CHECK(access_line(atom, access) == escaped + "\n");
@@ -2124,7 +2280,8 @@ TEST_CASE("a spool that cannot make its file keeps all bytes, and says so") {
 }
 
 TEST_CASE("a spool whose disk fills up midway loses nothing and doubles nothing") {
-    struct rlimit before {}, small {};
+    struct rlimit before {
+    }, small{};
     ::getrlimit(RLIMIT_FSIZE, &before);
     small = before;
     small.rlim_cur = 100000;
@@ -2216,8 +2373,7 @@ TEST_CASE("a message of the ready queue brings its bytes and its descriptors") {
     const string data = "a\0b"s + string(50000, 'x');
     REQUIRE(send_to(queue, data, pipes[0].second.get(), pipes[1].second.get()));
     for (Pair& each : pipes) { each.second.reset(); }  // the message alone holds them now
-    const ssize_t size =
-        exchange_message(queue.second, false, buffer.data(), buffer.size(), fds);
+    const ssize_t size = exchange_message(queue.second, false, buffer.data(), buffer.size(), fds);
     REQUIRE(size == static_cast<ssize_t>(data.size()));
     CHECK((string_view(buffer.data(), data.size()) == data));
     for (size_t i = 0; i < 2; ++i) {  // in the order in which they were sent
@@ -2285,8 +2441,8 @@ TEST_CASE("exit_text names the exit status or the signal") {
 string python(const string& source, const string& argument = "") {
     const TempDir dir;
     write_file(dir.path + "/program.py", source);
-    const string command = "cd " + dir.path + " && /usr/bin/python3 -W error program.py " +
-                           argument + " >output 2>&1";
+    const string command =
+        "cd " + dir.path + " && /usr/bin/python3 -W error program.py " + argument + " >output 2>&1";
     const int status = std::system(command.c_str());
     return read_file(dir.path + "/output") + (status == 0 ? "" : "exit " + to_string(status));
 }
@@ -2367,9 +2523,7 @@ string sized(const string& line, const string& body, const string& fields = "") 
     return http(line, fields + "Content-Length: " + to_string(body.size()) + "\r\n", body);
 }
 
-string chunks(const string& body) {
-    return http("POST /", "Transfer-Encoding: chunked\r\n", body);
-}
+string chunks(const string& body) { return http("POST /", "Transfer-Encoding: chunked\r\n", body); }
 
 /// As request(), for a connection that has to end in order: a reset can take an answer with it.
 Reply exchange(Client client, string_view bytes, bool half_close = false) {
@@ -2623,43 +2777,62 @@ TEST_CASE("the environ tells what the client sent") {
     const auto with = [](const string& fields) { return http("GET /", fields); };
     const string chunk = "Transfer-Encoding: chunked\r\n";
     const vector<Row> rows = {
-        {"a target of everything", http("GET /a%20b/%C3%A9%2f?c=%20d+e#f?g"),
+        {"a target of everything",
+         http("GET /a%20b/%C3%A9%2f?c=%20d+e#f?g"),
          {"REQUEST_METHOD=GET", "SCRIPT_NAME=", "PATH_INFO=/a b/\xc3\xa9/", "QUERY_STRING=c=%20d+e",
           "RAW_URI=/a%20b/%C3%A9%2f?c=%20d+e#f?g", "REQUEST_URI=/a%20b/%C3%A9%2f?c=%20d+e#f?g",
-          "SERVER_PROTOCOL=HTTP/1.1", "HTTP_HOST=x", "wsgi.url_scheme=http"}, {}},
-        {"a fragment without a query", http("GET /a#b?c"),
-         {"PATH_INFO=/a", "QUERY_STRING=", "RAW_URI=/a#b?c"}, {}},
+          "SERVER_PROTOCOL=HTTP/1.1", "HTTP_HOST=x", "wsgi.url_scheme=http"},
+         {}},
+        {"a fragment without a query",
+         http("GET /a#b?c"),
+         {"PATH_INFO=/a", "QUERY_STRING=", "RAW_URI=/a#b?c"},
+         {}},
         {"malformed escapes", http("GET /%zz%4%"), {"PATH_INFO=/%zz%4%"}, {}},
         {"raw bytes", http("GET /\xe9\xff?\xe8"), {"PATH_INFO=/\xe9\xff", "QUERY_STRING=\xe8"}, {}},
         {"two slashes", http("GET //a//b"), {"PATH_INFO=//a//b"}, {}},
-        {"the absolute form", http("GET http://real:81/p?q"),
-         {"HTTP_HOST=real:81", "PATH_INFO=/p", "QUERY_STRING=q", "RAW_URI=http://real:81/p?q"}, {}},
-        {"the absolute form without Host", "GET http://real/p HTTP/1.1\r\n\r\n",
-         {"HTTP_HOST=real", "PATH_INFO=/p"}, {}},
-        {"the absolute form without a path", http("GET http://real?q"),
-         {"HTTP_HOST=real", "PATH_INFO=/", "QUERY_STRING=q"}, {}},
+        {"the absolute form",
+         http("GET http://real:81/p?q"),
+         {"HTTP_HOST=real:81", "PATH_INFO=/p", "QUERY_STRING=q", "RAW_URI=http://real:81/p?q"},
+         {}},
+        {"the absolute form without Host",
+         "GET http://real/p HTTP/1.1\r\n\r\n",
+         {"HTTP_HOST=real", "PATH_INFO=/p"},
+         {}},
+        {"the absolute form without a path",
+         http("GET http://real?q"),
+         {"HTTP_HOST=real", "PATH_INFO=/", "QUERY_STRING=q"},
+         {}},
         {"OPTIONS *", http("OPTIONS *"), {"PATH_INFO=*", "RAW_URI=*"}, {}},
         {"no Host", "GET / HTTP/1.1\r\n\r\n", {"PATH_INFO=/"}, {"HTTP_HOST"}},
         {"HTTP/1.0", "GET / HTTP/1.0\r\n\r\n", {"SERVER_PROTOCOL=HTTP/1.0"}, {}},
         {"HTTP/1.7 is served as 1.1", "GET / HTTP/1.7\r\n\r\n", {"SERVER_PROTOCOL=HTTP/1.1"}, {}},
         {"no Content-Length", http("GET /"), {"body="}, {"CONTENT_LENGTH", "HTTP_CONTENT_LENGTH"}},
         {"a Content-Length of 0", sized("GET /", ""), {"CONTENT_LENGTH=0", "body="}, {}},
-        {"a body", sized("POST /", "ab\0c"s, "Content-Type: text/x\r\n"),
+        {"a body",
+         sized("POST /", "ab\0c"s, "Content-Type: text/x\r\n"),
          {"CONTENT_LENGTH=4", "body=ab\0c"s, "CONTENT_TYPE=text/x"},
          {"HTTP_CONTENT_LENGTH", "HTTP_CONTENT_TYPE"}},
-        {"chunks", chunks("3;x=y\r\nabc\r\n2\r\nde\r\n0\r\nX-Sum: 1\r\n\r\n"),
-         {"CONTENT_LENGTH=5", "body=abcde"}, {"HTTP_X_SUM"}},
+        {"chunks",
+         chunks("3;x=y\r\nabc\r\n2\r\nde\r\n0\r\nX-Sum: 1\r\n\r\n"),
+         {"CONTENT_LENGTH=5", "body=abcde"},
+         {"HTTP_X_SUM"}},
         {"no chunk", chunks("0\r\n\r\n"), {"CONTENT_LENGTH=0", "body="}, {}},
-        {"names with _", with("A_B: 1\r\nContent_Length: 5\r\nX-Real: 2\r\n"), {"HTTP_X_REAL=2"},
+        {"names with _",
+         with("A_B: 1\r\nContent_Length: 5\r\nX-Real: 2\r\n"),
+         {"HTTP_X_REAL=2"},
          {"HTTP_A_B", "CONTENT_LENGTH", "HTTP_CONTENT_LENGTH"}},
         {"_ cannot stand for -", with("X_User: evil\r\nX-User: me\r\n"), {"HTTP_X_USER=me"}, {}},
         {"Proxy", with("Proxy: http://evil\r\nPROXY: x\r\n"), {"PATH_INFO=/"}, {"HTTP_PROXY"}},
         {"repeated fields", with("A: 1\r\nB: 2\r\na: 3\r\n"), {"HTTP_A=1,3", "HTTP_B=2"}, {}},
         {"two Cookies", with("Cookie: a=1\r\ncookie: b=2\r\n"), {"HTTP_COOKIE=a=1; b=2"}, {}},
-        {"blanks around a value", with("A: \t b c \t\r\nB:d\r\nC:\r\n"),
-         {"HTTP_A=b c", "HTTP_B=d", "HTTP_C="}, {}},
-        {"X-Forwarded-For is only a header", with("X-Forwarded-For: 9.9.9.9\r\n"),
-         {"HTTP_X_FORWARDED_FOR=9.9.9.9", "REMOTE_ADDR=127.0.0.1"}, {}},
+        {"blanks around a value",
+         with("A: \t b c \t\r\nB:d\r\nC:\r\n"),
+         {"HTTP_A=b c", "HTTP_B=d", "HTTP_C="},
+         {}},
+        {"X-Forwarded-For is only a header",
+         with("X-Forwarded-For: 9.9.9.9\r\n"),
+         {"HTTP_X_FORWARDED_FOR=9.9.9.9", "REMOTE_ADDR=127.0.0.1"},
+         {}},
     };
     const Server server(kProbe, {"-w", "1"});
     for (const Row& row : rows) {
@@ -2708,7 +2881,7 @@ TEST_CASE("on a unix socket the environ takes its names from Host, and there is 
 
 TEST_CASE("SCRIPT_NAME comes from the process environment and is cut from PATH_INFO") {
     const Server server(kProbe, {"-w", "1", "-e", "SCRIPT_NAME=/pre"});
-    const vector<vector<string>> rows = {
+    const vector<vector<string> > rows = {
         {"/pre/a%20b", "SCRIPT_NAME=/pre", "PATH_INFO=/a b", "RAW_URI=/pre/a%20b"},
         {"/pre", "SCRIPT_NAME=/pre", "PATH_INFO=", "RAW_URI=/pre"},
         {"/prefix", "PATH_INFO=/prefix", "RAW_URI=/prefix"},
@@ -2732,7 +2905,7 @@ std::set<string> environment_of(pid_t pid) {
 }
 
 TEST_CASE("the app's environment is the server's and -e, and no settings") {
-    const vector<string> taken = {"LISTEN_PID=1", "LISTEN_FDS=1", "LISTEN_FDNAMES=a",
+    const vector<string> taken = {"LISTEN_PID=1",     "LISTEN_FDS=1",           "LISTEN_FDNAMES=a",
                                   "LISTEN_PIDFDID=7", "NOTIFY_SOCKET=/nowhere", "WATCHDOG_PID=1",
                                   "WATCHDOG_USEC=1"};
     vector<string> env = taken;
@@ -2745,7 +2918,8 @@ import os, sys, lib
 def app(environ, start_response):
     start_response("200 OK", [])
     return [("%s %s %s" % (os.getcwd(), sys.path, os.environ["TEST_OLD"])).encode()]
-)py", {"--pythonpath", lib.path, "-e", "TEST_OLD=2", "--env=TEST_NEW=a=b"}, env);
+)py",
+                        {"--pythonpath", lib.path, "-e", "TEST_OLD=2", "--env=TEST_NEW=a=b"}, env);
     REQUIRE(server.wait_ready_workers(1));
     REQUIRE(server.workers().size() == 1);  // $WEB_CONCURRENCY
     std::set<string> expected = environment_of(server.pid);
@@ -2862,8 +3036,8 @@ TEST_CASE("100 Continue goes out after head and limits, to HTTP/1.1 only") {
     old.send("abc");
     CHECK(Reply(old.read_all()).status == 200);
 
-    check_error_page(exchange(Client(server),
-                              http("POST /", expect + "Content-Length: 2000000001\r\n")), 413);
+    check_error_page(
+        exchange(Client(server), http("POST /", expect + "Content-Length: 2000000001\r\n")), 413);
     check_error_page(exchange(Client(server), http("POST /", expect + "A : b\r\n")), 400);
     CHECK(exchange(Client(server), sized("POST /", "", expect)).status == 200);
 }
@@ -2879,8 +3053,8 @@ TEST_CASE("a limit of 0 for the body is none, and the default is 1 GiB") {
     for (const Row& row : rows) {
         const Server server(kProbe, row.args);
         Client client(server);
-        client.send(http("POST /", string("Expect: 100-continue\r\nContent-Length: ") + row.length +
-                                       "\r\n"));
+        client.send(http("POST /",
+                         string("Expect: 100-continue\r\nContent-Length: ") + row.length + "\r\n"));
         CHECK(client.read_until([](const string& s) { return s.size() >= 12; }).substr(0, 12) ==
               row.answer);
     }
@@ -2922,10 +3096,13 @@ TEST_CASE("EOF is a half-close, a reset is a client that has gone") {
     write_file(server.dir.path + "/go", "");
     CHECK(get(server).status == 200);
 
-    const vector<string> early = {"GET", "GET /cut HTTP/1.1\r\nHost: x\r\n",
+    const vector<string> early = {"GET",
+                                  "GET /cut HTTP/1.1\r\nHost: x\r\n",
                                   "POST /cut HTTP/1.1\r\nContent-Length: 9\r\n\r\n12345",
-                                  chunks("5\r\n123"), chunks("5\r\n12345\r\n"),
-                                  chunks("0\r\n"), chunks("0\r\nA: b\r\n")};
+                                  chunks("5\r\n123"),
+                                  chunks("5\r\n12345\r\n"),
+                                  chunks("0\r\n"),
+                                  chunks("0\r\nA: b\r\n")};
     const size_t runs = count(server.log(), "app runs");
     for (const string& bytes : early) {
         CAPTURE(bytes);
@@ -2952,8 +3129,7 @@ TEST_CASE("pipelined bytes are read and dropped") {
     }
     Client late(server);  // what comes after the answer finds no reset either
     late.send(http("POST /first", "Content-Length: 1\r\n", "a" + http("GET /second")));
-    const string text =
-        late.read_until([](const string& s) { return contains(s, "\nbody=a\n"); });
+    const string text = late.read_until([](const string& s) { return contains(s, "\nbody=a\n"); });
     CHECK(late.send(more));
     CHECK(late.read_all() == "");
     CHECK_FALSE(late.was_reset);
@@ -3033,20 +3209,22 @@ TEST_CASE("the head of a response: version, Connection, Date, Server, framing") 
     CHECK(field(length, "transfer-encoding") == "");
     CHECK(length.raw.substr(length.raw.size() - 9) == "\r\n\r\nabcde");
 
-    const Reply own = answer(
-        server, "start('200 Fine', [('date', 'today'), ('SERVER', 'mine')]); out = [b'x']");
+    const Reply own =
+        answer(server, "start('200 Fine', [('date', 'today'), ('SERVER', 'mine')]); out = [b'x']");
     CHECK(field(own, "date") == "today");
     CHECK(field(own, "server") == "mine");
     CHECK(count(own.head, "erver: ") + count(own.head, "SERVER: ") == 1);
     CHECK(count(own.head, "Date: ") == 0);
 
-    const Reply big = answer(server, "start('200 OK', [('X-%d' % i, 'y' * 9000) "
-                                     "for i in range(100)]); out = [b'abc']");
+    const Reply big = answer(server,
+                             "start('200 OK', [('X-%d' % i, 'y' * 9000) "
+                             "for i in range(100)]); out = [b'abc']");
     CHECK(big.status == 200);
     CHECK(big.head.size() > 900'000);
     CHECK(big.body == "abc");
-    const Reply cookies = answer(server, "start('200 OK', [('Set-Cookie', 'a'), "
-                                         "('Set-Cookie', 'b'), ('X', '\\t \\xe9')])");
+    const Reply cookies = answer(server,
+                                 "start('200 OK', [('Set-Cookie', 'a'), "
+                                 "('Set-Cookie', 'b'), ('X', '\\t \\xe9')])");
     CHECK(count(cookies.head, "Set-Cookie: ") == 2);
     CHECK(contains(cookies.head, "\xe9\r\n"));
 }
@@ -3061,12 +3239,12 @@ TEST_CASE("HEAD, 204 and 304 have no body, error pages too") {
     CHECK(kept.status == 200);
     CHECK(field(kept, "content-length") == "5");
     CHECK(kept.raw.size() == kept.head.size() + 2);
-    for (const string& each : {script("200 OK", ""), script("204 No Content", ""),
-                               script("304 Not Modified", ""), script("304 Not Modified", length),
-                               script("204 No Content", length)}) {
+    for (const string& each :
+         {script("200 OK", ""), script("204 No Content", ""), script("304 Not Modified", ""),
+          script("304 Not Modified", length), script("204 No Content", length)}) {
         CAPTURE(each);
-        const Reply reply = answer(server, each, "",
-                                   contains(each, "200") ? head : "GET / HTTP/1.1");
+        const Reply reply =
+            answer(server, each, "", contains(each, "200") ? head : "GET / HTTP/1.1");
         CHECK(reply.status == std::atoi(each.c_str() + 7));
         CHECK(reply.raw.size() == reply.head.size() + 2);
         if (reply.status != 200) { CHECK(field(reply, "transfer-encoding") == ""); }
@@ -3083,9 +3261,9 @@ TEST_CASE("hop-by-hop fields of the app are dropped, and the log says so") {
         CAPTURE(name);
         string lower_name(name);
         std::transform(lower_name.begin(), lower_name.end(), lower_name.begin(), lower);
-        const Reply reply = answer(server, "start('200 OK', [('" + name +
-                                               "', 'evil'), ('X', 'y')]); out = [b'abc']",
-                                   lower_name);
+        const Reply reply = answer(
+            server, "start('200 OK', [('" + name + "', 'evil'), ('X', 'y')]); out = [b'abc']",
+            lower_name);
         CHECK(reply.status == 200);
         CHECK_FALSE(contains(reply.raw, "evil"));
         CHECK(field(reply, "x") == "y");
@@ -3163,9 +3341,12 @@ TEST_CASE("headers go out with the first non-empty item, and can be replaced unt
     const string again = "start('503 Later', [('X', 'new')], sys.exc_info())";
     const auto replaced = [&](const string& first) {
         return "def gen():\n"
-               "    start('200 OK', [('Content-Length', '99')])\n" + first +
+               "    start('200 OK', [('Content-Length', '99')])\n" +
+               first +
                "    try:\n        raise KeyError('ouch')\n"
-               "    except KeyError:\n        " + again + "\n"
+               "    except KeyError:\n        " +
+               again +
+               "\n"
                "    yield b'sorry'\n"
                "out = gen()\n";
     };
@@ -3177,8 +3358,9 @@ TEST_CASE("headers go out with the first non-empty item, and can be replaced unt
     CHECK(reply.body == "sorry");
     CHECK(reply.whole);
 
-    const string fails = "def gen():\n    start('200 OK', [])\n    yield b''\n    1 / 0\n"
-                         "out = gen()";
+    const string fails =
+        "def gen():\n    start('200 OK', [])\n    yield b''\n    1 / 0\n"
+        "out = gen()";
     check_error_page(answer(server, fails, "zerodivisionerror"), 500);
     const string listed = "start('200 OK', [])\ntry:\n    1 / 0\nexcept Exception:\n    " + again;
     CHECK(answer(server, listed).status == 503);
@@ -3187,8 +3369,9 @@ TEST_CASE("headers go out with the first non-empty item, and can be replaced unt
     CHECK(late.status == 200);
     CHECK(late.body == "x");
     CHECK_FALSE(late.whole);
-    const Reply written = answer(server, "write = start('200 OK', [])\nwrite(b'a')\nwrite(b'b')\n"
-                                         "out = [b'c']");
+    const Reply written = answer(server,
+                                 "write = start('200 OK', [])\nwrite(b'a')\nwrite(b'b')\n"
+                                 "out = [b'c']");
     CHECK(written.body == "abc");
     CHECK(written.whole);
     const Reply nothing = answer(server, "start('200 OK', []); out = iter([])");
@@ -3198,8 +3381,9 @@ TEST_CASE("headers go out with the first non-empty item, and can be replaced unt
 
 TEST_CASE("a response that is too short or breaks off is visibly cut, one too long is cut to it") {
     const Server server(kScripted, {"-w", "1"});
-    const string gen = "def gen():\n    start('200 OK', [FIELDS])\n    yield b'abc'\nTHEN"
-                       "out = gen()\n";
+    const string gen =
+        "def gen():\n    start('200 OK', [FIELDS])\n    yield b'abc'\nTHEN"
+        "out = gen()\n";
     const auto script = [&](const string& fields, const string& then) {
         string text = gen;
         text.replace(text.find("FIELDS"), 6, fields);
@@ -3219,8 +3403,8 @@ TEST_CASE("a response that is too short or breaks off is visibly cut, one too lo
         const Reply longer = answer(server, script(length, "    yield b'defg'\n"), "longer", line);
         CHECK(longer.body == "abcde");
         CHECK(longer.whole);
-        const Reply list = answer(server, "start('200 OK', [" + length + "]); out = [b'abcdefg']",
-                                  "longer", line);
+        const Reply list =
+            answer(server, "start('200 OK', [" + length + "]); out = [b'abcdefg']", "longer", line);
         CHECK(list.body == "abcde");
 
         Client client(server);
@@ -3287,13 +3471,15 @@ TEST_CASE("file_wrapper delivers what read() would, from where the file stands")
          "one two"},
         {"a subclass that reads something else",
          "class F(io.FileIO):\n    def read(self, size=-1): return super().read(size)[:5].upper()\n"
-         "f = F('data'); f.seek(len(open('data').read()) - 3)", text.substr(text.size() - 3)},
+         "f = F('data'); f.seek(len(open('data').read()) - 3)",
+         text.substr(text.size() - 3)},
     };
     for (const Row& row : rows) {
         CAPTURE(row.title);
-        const string script = row.script + "\nstart('200 OK', [])\n"
-                                                   "kept['f'] = f\n"
-                                                   "out = environ['wsgi.file_wrapper'](f, 1000)\n";
+        const string script = row.script +
+                              "\nstart('200 OK', [])\n"
+                              "kept['f'] = f\n"
+                              "out = environ['wsgi.file_wrapper'](f, 1000)\n";
         const Reply reply = answer(server, script);
         CHECK(reply.status == 200);
         CHECK((reply.body == row.body));
@@ -3306,13 +3492,15 @@ TEST_CASE("file_wrapper delivers what read() would, from where the file stands")
 
 TEST_CASE("what a request was given is inert once it is over") {
     const Server server(kScripted, {"-w", "1"});
-    const string keep = "kept['in'] = environ['wsgi.input']\nkept['start'] = start\n"
-                        "kept['write'] = start('200 OK', [])\nout = [b'first']";
-    const string use = "kept['write'](b'evil')\n"
-                       "kept['start']('500 Evil', [], (None, ValueError('x'), None))\n"
-                       "old = kept['in'].read(10)\n"
-                       "new = environ['wsgi.input'].read()\n"
-                       "start('200 OK', [])\nout = [b'%d ' % len(new), new[:5]]";
+    const string keep =
+        "kept['in'] = environ['wsgi.input']\nkept['start'] = start\n"
+        "kept['write'] = start('200 OK', [])\nout = [b'first']";
+    const string use =
+        "kept['write'](b'evil')\n"
+        "kept['start']('500 Evil', [], (None, ValueError('x'), None))\n"
+        "old = kept['in'].read(10)\n"
+        "new = environ['wsgi.input'].read()\n"
+        "start('200 OK', [])\nout = [b'%d ' % len(new), new[:5]]";
     const auto guarded = [](const string& text) {  // a refusal is as good as no effect
         string out;
         std::istringstream lines(text);
@@ -3355,9 +3543,10 @@ def app(environ, start_response):
 )py";
 
 TEST_CASE("every atom of the access log") {
-    const string names = "h l u t r m U q H s B b f a T M D L p {X-In}i {x-in}i {absent}i "
-                         "{content-length}i {X-Out}o {content-type}o {absent}o {REMOTE_PORT}e "
-                         "{PATH_INFO}e {absent}e Z";
+    const string names =
+        "h l u t r m U q H s B b f a T M D L p {X-In}i {x-in}i {absent}i "
+        "{content-length}i {X-Out}o {content-type}o {absent}o {REMOTE_PORT}e "
+        "{PATH_INFO}e {absent}e Z";
     string format = "[begin]";
     for (const string& name : split(names, ' ')) { format += "\t%(" + name + ")s"; }
     const Server server(kAtoms, {"-w", "1", "--access-logformat", format + "\t100%"});
@@ -3383,14 +3572,30 @@ TEST_CASE("every atom of the access log") {
                               "X-In: in\r\nReferer: http://r/\r\nUser-Agent: me/1\r\n"
                               "Authorization: Basic am9lOnNlY3JldA==\r\nContent-Length: 3\r\n",
                               "xyz"));
-    const map<string, string> expected = {
-        {"h", "127.0.0.1"}, {"l", "-"}, {"u", "joe"},
-        {"r", "POST /a%20b/%41?c=%20d#e HTTP/1.1"}, {"m", "POST"}, {"U", "/a b/A"},
-        {"q", "c=%20d"}, {"H", "HTTP/1.1"}, {"s", "201"}, {"B", "5"}, {"b", "5"},
-        {"f", "http://r/"}, {"a", "me/1"}, {"T", "0"}, {"{X-In}i", "in"}, {"{x-in}i", "in"},
-        {"{absent}i", "-"}, {"{content-length}i", "3"}, {"{X-Out}o", "a\\\"b"},
-        {"{content-type}o", "text/x"}, {"{absent}o", "-"}, {"{PATH_INFO}e", "/a b/A"},
-        {"{absent}e", "-"}, {"Z", "-"}};
+    const map<string, string> expected = {{"h", "127.0.0.1"},
+                                          {"l", "-"},
+                                          {"u", "joe"},
+                                          {"r", "POST /a%20b/%41?c=%20d#e HTTP/1.1"},
+                                          {"m", "POST"},
+                                          {"U", "/a b/A"},
+                                          {"q", "c=%20d"},
+                                          {"H", "HTTP/1.1"},
+                                          {"s", "201"},
+                                          {"B", "5"},
+                                          {"b", "5"},
+                                          {"f", "http://r/"},
+                                          {"a", "me/1"},
+                                          {"T", "0"},
+                                          {"{X-In}i", "in"},
+                                          {"{x-in}i", "in"},
+                                          {"{absent}i", "-"},
+                                          {"{content-length}i", "3"},
+                                          {"{X-Out}o", "a\\\"b"},
+                                          {"{content-type}o", "text/x"},
+                                          {"{absent}o", "-"},
+                                          {"{PATH_INFO}e", "/a b/A"},
+                                          {"{absent}e", "-"},
+                                          {"Z", "-"}};
     for (const auto& each : expected) {
         CAPTURE(each.first);
         CHECK(a.at(each.first) == each.second);
@@ -3412,8 +3617,9 @@ TEST_CASE("every atom of the access log") {
     CHECK(std::abs(std::difftime(std::mktime(&parts), std::time(nullptr))) < 5);
 
     const auto b = atoms(http("GET /none", "Authorization: Bearer x\r\n"));
-    const map<string, string> plain = {{"u", "-"}, {"q", ""}, {"B", "0"}, {"b", "-"}, {"f", "-"},
-                                       {"a", "-"}, {"{X-In}i", "-"}, {"{content-length}i", "-"}};
+    const map<string, string> plain = {
+        {"u", "-"}, {"q", ""},  {"B", "0"},       {"b", "-"},
+        {"f", "-"}, {"a", "-"}, {"{X-In}i", "-"}, {"{content-length}i", "-"}};
     for (const auto& each : plain) {
         CAPTURE(each.first);
         CHECK(b.at(each.first) == each.second);
@@ -3444,8 +3650,8 @@ TEST_CASE("the access log has gunicorn's format, also for refusals, and is off b
     CHECK(quiet.access() == "");
     CHECK_FALSE(contains(quiet.log(), "GET /"));
 
-    const Server to_stdout(kHello, {"-w", "1", "--access-logfile", "-",
-                                    "--access-logformat=%(s)s!"});
+    const Server to_stdout(kHello,
+                           {"-w", "1", "--access-logfile", "-", "--access-logformat=%(s)s!"});
     CHECK(get(to_stdout).status == 200);
     CHECK(wait_for([&] { return to_stdout.out() == "200!\n"; }));
 }
@@ -3454,8 +3660,9 @@ TEST_CASE("nothing that a client sends gets into a log unescaped") {
     const string format = "%(r)s|%(U)s|%(q)s|%(f)s|%(a)s|%(u)s|%({X-In}i)s|%({PATH_INFO}e)s|%(m)s";
     const Server server(kScripted, {"-w", "1", "--access-logformat", format});
     const string fails = "1 / 0";
-    const string evil_fields = "Referer: r\"\\\r\nUser-Agent: u\"\\\tx\r\nX-In: i\"\\\r\n"
-                               "Authorization: Basic ZRsiXFx/Cg1mOnA=\r\n";
+    const string evil_fields =
+        "Referer: r\"\\\r\nUser-Agent: u\"\\\tx\r\nX-In: i\"\\\r\n"
+        "Authorization: Basic ZRsiXFx/Cg1mOnA=\r\n";
     request(server.port(), "POST /%0a%0d%1b%22%5c%7f%01\"\\?q\"\\ HTTP/1.1\r\n" + evil_fields +
                                "X-Script: 5\r\nContent-Length: 5\r\n\r\n" + fails);
     const string raw_path = "/%0a%0d%1b%22%5c%7f%01\\\"\\\\";
@@ -3468,8 +3675,8 @@ TEST_CASE("nothing that a client sends gets into a log unescaped") {
 
     const size_t errors = server.log().size();
     const vector<string> heads = {"GET /\x1b[31m\"\\\x7f\x9b HTTP/1.1\r\n\r\n",
-                                  "\x1b]0;\"\\\x07\r\n\r\n",
-                                  "G\"\\\x01 / HTTP/1.1\r\n\r\n", "GET /a\rb HTTP/1.1\r\n\r\n"};
+                                  "\x1b]0;\"\\\x07\r\n\r\n", "G\"\\\x01 / HTTP/1.1\r\n\r\n",
+                                  "GET /a\rb HTTP/1.1\r\n\r\n"};
     for (const string& head : heads) { CHECK(request(server.port(), head).status == 400); }
     REQUIRE(wait_for([&] { return count(server.access(), "\n") == heads.size() + 1; }));
     const string gained = server.log().substr(errors);
@@ -3494,7 +3701,8 @@ TEST_CASE("a hung app and a frozen worker: WORKER TIMEOUT with the pid, and the 
 import time
 def app(environ, start_response):
     time.sleep(60)
-)py", {"-w", "1", "-t", "1"});
+)py",
+                        {"-w", "1", "-t", "1"});
     REQUIRE(server.wait_ready_workers(1));
     REQUIRE(server.runners().size() == 1);
     const pid_t runner = server.runners()[0], worker = server.workers()[0];
@@ -3573,17 +3781,30 @@ string setting(const string& out, const string& name) {
 TEST_CASE("the command line, as --print-config shows it") {
     struct Row {
         vector<string> args, env;
-        vector<std::pair<string, string>> settings;
+        vector<std::pair<string, string> > settings;
     };
     const string processors = to_string(std::max(1L, ::sysconf(_SC_NPROCESSORS_ONLN)));
     const vector<Row> rows = {
-        {{}, {}, {{"app", "app_example:app"}, {"bind", "127.0.0.1:8000"}, {"workers", "2"},
-                  {"timeout", "30"}, {"graceful-timeout", "30"}, {"backlog", "2048"},
-                  {"worker-connections", "1000"}, {"limit-request-line", "4094"},
-                  {"limit-request-fields", "100"}, {"limit-request-field_size", "8190"},
-                  {"limit-request-body", "1073741824"}, {"header-timeout", "10"},
-                  {"worker-class", "sync"}, {"access-logfile", ""}, {"error-logfile", "-"},
-                  {"log-level", "info"}, {"python", "python3"}, {"chdir", ""}}},
+        {{},
+         {},
+         {{"app", "app_example:app"},
+          {"bind", "127.0.0.1:8000"},
+          {"workers", "2"},
+          {"timeout", "30"},
+          {"graceful-timeout", "30"},
+          {"backlog", "2048"},
+          {"worker-connections", "1000"},
+          {"limit-request-line", "4094"},
+          {"limit-request-fields", "100"},
+          {"limit-request-field_size", "8190"},
+          {"limit-request-body", "1073741824"},
+          {"header-timeout", "10"},
+          {"worker-class", "sync"},
+          {"access-logfile", ""},
+          {"error-logfile", "-"},
+          {"log-level", "info"},
+          {"python", "python3"},
+          {"chdir", ""}}},
         {{"mod:app"}, {}, {{"app", "mod:app"}}},
         {{"-w", "4"}, {}, {{"workers", "4"}}},
         {{"-w4"}, {}, {{"workers", "4"}}},
@@ -3595,9 +3816,9 @@ TEST_CASE("the command line, as --print-config shows it") {
         {{"-w", "4"}, {"WEB_CONCURRENCY=7"}, {{"workers", "4"}}},
         {{}, {"PORT=9000"}, {{"bind", "0.0.0.0:9000"}}},
         {{"-b", ":1"}, {"PORT=9000"}, {{"bind", ":1"}}},
-        {{"-b:1", "--bind", "[::1]:2", "--bind=unix:/a=b"}, {},
-         {{"bind", ":1,[::1]:2,unix:/a=b"}}},
-        {{"mod:app", "-w", "4", "--timeout=9"}, {},
+        {{"-b:1", "--bind", "[::1]:2", "--bind=unix:/a=b"}, {}, {{"bind", ":1,[::1]:2,unix:/a=b"}}},
+        {{"mod:app", "-w", "4", "--timeout=9"},
+         {},
          {{"app", "mod:app"}, {"workers", "4"}, {"timeout", "9"}}},
         {{"-t9", "--", "mod:app"}, {}, {{"app", "mod:app"}, {"timeout", "9"}}},
         {{"-t", "0", "--graceful-timeout", "0"}, {}, {{"timeout", "0"}, {"graceful-timeout", "0"}}},
@@ -3609,13 +3830,23 @@ TEST_CASE("the command line, as --print-config shows it") {
         {{"-e", "A=b=c", "--env=D="}, {}, {{"env", "A=b=c,D="}}},
         {{"-k", "sync"}, {}, {{"worker-class", "sync"}}},
         {{"--chdir=/a", "--pythonpath", "/b,/c", "--worker-tmp-dir=/d", "--access-logfile=-",
-          "--access-logformat=%(s)s", "--python=/e", "--runner=f g", "--log-level=debug"}, {},
-         {{"chdir", "/a"}, {"pythonpath", "/b,/c"}, {"worker-tmp-dir", "/d"},
-          {"access-logfile", "-"}, {"access-logformat", "%(s)s"}, {"python", "/e"},
-          {"runner", "f g"}, {"log-level", "debug"}}},
+          "--access-logformat=%(s)s", "--python=/e", "--runner=f g", "--log-level=debug"},
+         {},
+         {{"chdir", "/a"},
+          {"pythonpath", "/b,/c"},
+          {"worker-tmp-dir", "/d"},
+          {"access-logfile", "-"},
+          {"access-logformat", "%(s)s"},
+          {"python", "/e"},
+          {"runner", "f g"},
+          {"log-level", "debug"}}},
         {{"--backlog=1", "--worker-connections=1", "--limit-request-fields=1",
-          "--header-timeout=1"}, {}, {{"backlog", "1"}, {"header-timeout", "1"},
-                                      {"worker-connections", "1"}, {"limit-request-fields", "1"}}},
+          "--header-timeout=1"},
+         {},
+         {{"backlog", "1"},
+          {"header-timeout", "1"},
+          {"worker-connections", "1"},
+          {"limit-request-fields", "1"}}},
     };
     for (const Row& row : rows) {
         vector<string> args{"--print-config"};
@@ -3636,13 +3867,33 @@ TEST_CASE("-h names every option, -v the version") {
         const Ran help = run_to_end({option}, {"PORT=x", "WEB_CONCURRENCY="});
         CHECK(help.code == 0);
         CHECK(help.err == "");
-        for (const string name :
-             {"-b, --bind", "-w, --workers", "-t, --timeout", "--graceful-timeout", "--backlog",
-              "--worker-connections", "--limit-request-line", "--limit-request-fields",
-              "--limit-request-field_size", "--limit-request-body", "--header-timeout", "--chdir",
-              "--pythonpath", "-e, --env", "--worker-tmp-dir", "--access-logfile",
-              "--access-logformat", "--error-logfile", "--log-file", "--log-level", "--python",
-              "--runner", "-k, ", "--check-config", "--print-config", "-v, ", "-h, "}) {
+        for (const string name : {"-b, --bind",
+                                  "-w, --workers",
+                                  "-t, --timeout",
+                                  "--graceful-timeout",
+                                  "--backlog",
+                                  "--worker-connections",
+                                  "--limit-request-line",
+                                  "--limit-request-fields",
+                                  "--limit-request-field_size",
+                                  "--limit-request-body",
+                                  "--header-timeout",
+                                  "--chdir",
+                                  "--pythonpath",
+                                  "-e, --env",
+                                  "--worker-tmp-dir",
+                                  "--access-logfile",
+                                  "--access-logformat",
+                                  "--error-logfile",
+                                  "--log-file",
+                                  "--log-level",
+                                  "--python",
+                                  "--runner",
+                                  "-k, ",
+                                  "--check-config",
+                                  "--print-config",
+                                  "-v, ",
+                                  "-h, "}) {
             CHECK_MESSAGE(contains(help.out, name), name);
         }
     }
@@ -4015,7 +4266,8 @@ while True:
     data = data[int(env[1] or 0):]
     text = b"Status: 200 OK\nX-A: b\n\n" + env[0] + b"=" + env[1]
     os.write(1, b"%d:%s,2:!\n,0:," % (len(text), text))
-)py", {"-w", "1", "--runner", "/usr/bin/python3 app.py"});
+)py",
+                        {"-w", "1", "--runner", "/usr/bin/python3 app.py"});
     const Reply reply = post(server, "/", "abcde");
     CHECK(reply.status == 200);
     CHECK(field(reply, "x-a") == "b");
@@ -4108,7 +4360,7 @@ bool refused(int port) {
 map<string, int> load(const Server& server, size_t n, const string& target,
                       const std::function<bool()>& more) {
     map<string, int> answers;
-    vector<std::unique_ptr<Client>> clients(n);
+    vector<std::unique_ptr<Client> > clients(n);
     vector<string> texts(n);
     vector<Time> starts(n);
     size_t open = 0, serial = 0;
@@ -4125,10 +4377,10 @@ map<string, int> load(const Server& server, size_t n, const string& target,
             }
             char buffer[65536];
             const bool late = Clock::now() > starts[i] + 10s;
-            const ssize_t got =
-                clients[i]->readable(0ms) ? ::recv(clients[i]->fd.get(), buffer, sizeof buffer, 0)
-                : late                    ? 0
-                                          : -2;
+            const ssize_t got = clients[i]->readable(0ms)
+                                    ? ::recv(clients[i]->fd.get(), buffer, sizeof buffer, 0)
+                                : late ? 0
+                                       : -2;
             if (got == -2) { continue; }
             if (got > 0) {
                 texts[i].append(buffer, static_cast<size_t>(got));
@@ -4269,16 +4521,25 @@ TEST_CASE("a server whose first workers cannot boot ends, and says why") {
         vector<const char*> log;
     };
     const Row rows[] = {
-        {"an import error", "x = 1\nimport nothing_of_that_name\n", {}, 4,
+        {"an import error",
+         "x = 1\nimport nothing_of_that_name\n",
+         {},
+         4,
          {"app.py\", line 2, in <module>", "ModuleNotFoundError", "App failed to load."}},
         {"a syntax error", "def app(:\n", {}, 4, {"app.py\", line 1", "SyntaxError"}},
         {"no such object", "", {"app:nothing"}, 4, {"'nothing'", "App failed to load."}},
         {"no such module", "", {"app_nothing:app"}, 4, {"No module named 'app_nothing'"}},
         {"not callable", "app = 1\n", {}, 4, {"app:app is not callable"}},
         {"an exit in the module", "import sys\nsys.exit(0)\n", {}, 4, {"App failed to load."}},
-        {"no such python", kHello, {"--python", "/nonexistent/python3"}, 3,
+        {"no such python",
+         kHello,
+         {"--python", "/nonexistent/python3"},
+         3,
          {"cannot run /nonexistent/python3", "Worker failed to boot."}},
-        {"no such runner", kHello, {"--runner", "/nonexistent/runner"}, 3,
+        {"no such runner",
+         kHello,
+         {"--runner", "/nonexistent/runner"},
+         3,
          {"Worker failed to boot."}},
     };
     for (const Row& row : rows) {
@@ -4325,8 +4586,8 @@ TEST_CASE("TTIN adds a worker, TTOU ends one, but never the last") {
 TEST_CASE("a reload under load fails no request, and one of a broken application changes nothing") {
     const auto version = [](const string& text) {
         return "def app(environ, start_response):\n"
-               "    start_response('200 OK', [('Content-Length', '" + to_string(text.size()) +
-               "')])\n    return [b'" + text + "']\n";
+               "    start_response('200 OK', [('Content-Length', '" +
+               to_string(text.size()) + "')])\n    return [b'" + text + "']\n";
     };
     Server server(version("v1"), {"-w", "2"});
     REQUIRE(server.wait_ready_workers(2));
@@ -4431,9 +4692,10 @@ def stops_midway(environ, start_response):
         int status;
         bool stack;  // a signal can reach it
     };
-    const Row rows[] = {
-        {"in_c", 504, true}, {"swallows", 504, true}, {"blocks", 504, false},
-        {"stops_midway", 200, true}};
+    const Row rows[] = {{"in_c", 504, true},
+                        {"swallows", 504, true},
+                        {"blocks", 504, false},
+                        {"stops_midway", 200, true}};
     string pids;
     for (const Row& row : rows) {
         CAPTURE(string(row.name));
@@ -4560,8 +4822,7 @@ TEST_CASE("requests that take about a millisecond run once each, though many are
     Server server(kTools + kOnce);
     REQUIRE(server.wait_ready_workers(2));
     const Time end = Clock::now() + 1500ms;
-    map<string, int> answers =
-        load(server, 16, "/jitter?id=", [&] { return Clock::now() < end; });
+    map<string, int> answers = load(server, 16, "/jitter?id=", [&] { return Clock::now() < end; });
     CHECK_MESSAGE(answers.size() == 1, show_answers(answers));
     const map<string, int> runs = runs_of(server);
     CHECK(static_cast<int>(runs.size()) == answers["200 ok"]);
@@ -4771,8 +5032,10 @@ TEST_CASE("a head too large for the ready queue holds up nobody else") {
     REQUIRE(wait_file(server, "at_gate"));
     for (const auto& [client, field] : {std::pair<Client&, string>{huge, string(300000, 'h')},
                                         std::pair<Client&, string>{small, "s"}}) {
-        client.send("POST /hello HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 4\r\n"
-                    "X-Field: " + field + "\r\n\r\n");
+        client.send(
+            "POST /hello HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 4\r\n"
+            "X-Field: " +
+            field + "\r\n\r\n");
         CHECK(contains(client.read_until([](const string& t) { return contains(t, "\r\n\r\n"); }),
                        "100 Continue"));
         client.send("body");
@@ -4877,12 +5140,20 @@ def app(environ, start_response):
         {"b'one\\ntwo'", "one\ntwo"},
         {"b'a line of text\\n' * 20000", lines},
     };
-    const char* codes[] = {
-        "f.read()", "f.read(-1)", "f.read(0)", "f.read(5)", "[f.read(3) for _ in range(4)]",
-        "(f.read(10**9), f.read(1), f.read())", "f.readline()", "f.readline(2)",
-        "(f.readline(100), f.readline(), f.readline())", "f.readlines()", "f.readlines(5)",
-        "list(f)", "(next(iter(f), 1), f.readline(), f.read(4), f.read())",
-        "(f.readlines(), f.readline(), f.read(), list(f))"};
+    const char* codes[] = {"f.read()",
+                           "f.read(-1)",
+                           "f.read(0)",
+                           "f.read(5)",
+                           "[f.read(3) for _ in range(4)]",
+                           "(f.read(10**9), f.read(1), f.read())",
+                           "f.readline()",
+                           "f.readline(2)",
+                           "(f.readline(100), f.readline(), f.readline())",
+                           "f.readlines()",
+                           "f.readlines(5)",
+                           "list(f)",
+                           "(next(iter(f), 1), f.readline(), f.read(4), f.read())",
+                           "(f.readlines(), f.readline(), f.read(), list(f))"};
     for (const auto& each : bodies) {
         const string &text = each.first, &body = each.second;  // no bindings: CAPTURE is a lambda
         for (const char* code : codes) {
@@ -5379,8 +5650,7 @@ TEST_CASE("in the application signals, children, threads and files are as in pla
     CHECK(get(server, "/children_write").body == "fine");
     CHECK(get(server, "/descriptors").body == "[]");
     CHECK(get(server, "/environment").body == "|/environment|light blue|[]|True|True");
-    CHECK(get(server, "/mount/environment").body ==
-          "/mount|/environment|light blue|[]|True|True");
+    CHECK(get(server, "/mount/environment").body == "/mount|/environment|light blue|[]|True|True");
 
     Client client(server);
     client.send(get_bytes("/outputs"));
@@ -5548,7 +5818,8 @@ long cpu_ticks(pid_t pid) {
     return ticks;
 }
 
-TEST_CASE("a worker that holds all the connections it may waits for one to end, and does not spin") {
+TEST_CASE(
+    "a worker that holds all the connections it may waits for one to end, and does not spin") {
     const Server server(R"py(
 def app(environ, start_response):
     start_response("200 OK", [("Content-Length", "40000000")])
@@ -5607,7 +5878,7 @@ def app(environ, start_response):
                   {"-w", "2", "--graceful-timeout", "4"});
     REQUIRE(server.wait_ready_workers(2));
     const vector<pid_t> old = server.workers();
-    vector<std::unique_ptr<Client>> clients;
+    vector<std::unique_ptr<Client> > clients;
     int good = 0, bad = 0;
     const auto ask = [&](std::unique_ptr<Client>& client) {
         client = std::make_unique<Client>(server);
@@ -5784,7 +6055,8 @@ TEST_CASE("hundreds of slow clients are held, answered in the end, and felt by n
         CHECK(answered(server, 50) == 50);
     }
     vector<Client> heads = hold(server, 500, "GET /hello HTTP/1.1\r\n");
-    vector<Client> bodies = hold(server, 200, "POST /length HTTP/1.1\r\nContent-Length: 20\r\n\r\n");
+    vector<Client> bodies =
+        hold(server, 200, "POST /length HTTP/1.1\r\nContent-Length: 20\r\n\r\n");
     for (int i = 0; i < 10; ++i) {
         for (const Client& each : heads) { each.send("A: b\r\n"); }
         for (const Client& each : bodies) { each.send("x"); }
@@ -5931,7 +6203,8 @@ TEST_CASE("a client that leaves: not run if queued, its upload gone at once") {
     Client upload(server);
     upload.send("POST /hello HTTP/1.1\r\nContent-Length: 4000000\r\n\r\n" + string(1000000, 'x'));
     const auto temp_files = [&] {
-        return output_of("ls -l /proc/" + to_string(worker) + "/fd | grep -v fifo | grep -c 'server-.*deleted'");
+        return output_of("ls -l /proc/" + to_string(worker) +
+                         "/fd | grep -v fifo | grep -c 'server-.*deleted'");
     };
     const string without = "1";  // the heartbeat file
     CHECK(wait_for([&] { return temp_files() != without; }));
@@ -5981,8 +6254,13 @@ TEST_CASE("floods cost bounded time, no descriptor, no memory, and no processor 
     const string before = descriptors();
     const long memory = resident(server);
     Random random;
-    const string parts[] = {"", "G", "\r\n", "GET /hello HTT", "GET /hello HTTP/1.1\r\n\r\n",
-                            "\x16\x03\x01 garbage \xff\xfe\r\n", "GET /hello HTTP/1.1\r\nA",
+    const string parts[] = {"",
+                            "G",
+                            "\r\n",
+                            "GET /hello HTT",
+                            "GET /hello HTTP/1.1\r\n\r\n",
+                            "\x16\x03\x01 garbage \xff\xfe\r\n",
+                            "GET /hello HTTP/1.1\r\nA",
                             "POST /length HTTP/1.1\r\nContent-Length: 100000\r\n\r\nxxx",
                             "POST /length HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
                             "GET /big HTTP/1.1\r\n\r\n"};
@@ -5996,7 +6274,9 @@ TEST_CASE("floods cost bounded time, no descriptor, no memory, and no processor 
     for (int i = 0; i < 5000; ++i) { pipelined += get_bytes("/hello"); }
     CHECK(Reply(request(server.port(), pipelined)).status == 200);
     string head = "GET /hello HTTP/1.1\r\n";
-    for (int i = 0; i < 100; ++i) { head += "A" + to_string(i) + ": " + string(8180, 'x') + "\r\n"; }
+    for (int i = 0; i < 100; ++i) {
+        head += "A" + to_string(i) + ": " + string(8180, 'x') + "\r\n";
+    }
     CHECK(request(server.port(), head + "\r\n").status == 200);
     string chunks = "POST /length HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n";
     for (int i = 0; i < 1000000; ++i) { chunks += "1\r\nx\r\n"; }
@@ -6006,10 +6286,13 @@ TEST_CASE("floods cost bounded time, no descriptor, no memory, and no processor 
     string trailers = "POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n";
     for (int i = 0; i < 100000; ++i) { trailers += "A: b\r\n"; }
     CHECK(request(server.port(), trailers).status == 431);
-    CHECK_MESSAGE(wait_for([&] { return descriptors() == before; }), (before + "→ " + descriptors()));
+    CHECK_MESSAGE(wait_for([&] { return descriptors() == before; }),
+                  (before + "→ " + descriptors()));
     CHECK(answered(server, 20) == 20);
     const char* program = std::getenv("SERVER");
-    if (program == nullptr || !contains(program, "asan")) { CHECK(resident(server) - memory < 24000); }
+    if (program == nullptr || !contains(program, "asan")) {
+        CHECK(resident(server) - memory < 24000);
+    }
     for (const pid_t pid : processes_with(server.mark)) {
         CHECK(parent_and_state(pid).second != 'Z');
         const long ticks = cpu_ticks(pid);
@@ -6018,7 +6301,9 @@ TEST_CASE("floods cost bounded time, no descriptor, no memory, and no processor 
     }
 }
 
-TEST_CASE("whatever dies or freezes under load, no request hangs, is answered twice, or goes unexplained") {
+TEST_CASE(
+    "whatever dies or freezes under load, no request hangs, is answered twice, or goes "
+    "unexplained") {
     const char* length = std::getenv("FAULT_SECONDS");  // 60 for a long run
     const auto span = seconds(length != nullptr ? std::atoi(length) : 8);
     const char* seed = std::getenv("FAULT_SEED");
@@ -6046,8 +6331,8 @@ TEST_CASE("whatever dies or freezes under load, no request hangs, is answered tw
     for (const auto& [answer, times] : answers) {
         const string status = answer.substr(0, 4);
         (answer == "200 ok" ? good : lost) += static_cast<size_t>(times);
-        CHECK((status == "200 " || status == "502 " || status == "503 " ||
-               status == "504 " || answer == "cut"));
+        CHECK((status == "200 " || status == "502 " || status == "503 " || status == "504 " ||
+               answer == "cut"));
     }
     CHECK(good > 500);
     const string log = server.log();
@@ -6055,7 +6340,8 @@ TEST_CASE("whatever dies or freezes under load, no request hangs, is answered tw
     const size_t workers = count(log, "[ERROR] Worker (pid:");
     CHECK(lost <= named + workers * 12);  // a worker takes what it holds with it, and says so
     for (const auto& each : runs_of(server)) { REQUIRE(each.second == 1); }
-    CHECK(wait_for([&] { return server.wait_ready_workers(3) && answered(server, 20) == 20; }, 40s));
+    CHECK(
+        wait_for([&] { return server.wait_ready_workers(3) && answered(server, 20) == 20; }, 40s));
     CHECK(wait_for([&] { return processes_with(server.mark).size() == 7; }, 40s));
 }
 
@@ -6066,17 +6352,28 @@ TEST_CASE("addresses are found in a list of addresses and networks") {
         string list, address;
         bool listed;
     } cases[] = {
-        {"127.0.0.1,::1", "127.0.0.1", true},    {"127.0.0.1,::1", "::1", true},
-        {"127.0.0.1,::1", "127.0.0.2", false},   {"127.0.0.1,::1", "::2", false},
-        {"127.0.0.1, 10.0.0.1", "10.0.0.1", true}, {"*", "8.8.8.8", true},
-        {"*", "2001:db8::1", true},              {"", "127.0.0.1", false},
-        {"", "", true},                          {"10.0.0.0/8", "10.255.1.2", true},
-        {"10.0.0.0/8", "11.0.0.1", false},       {"192.168.4.0/22", "192.168.7.255", true},
-        {"192.168.4.0/22", "192.168.8.0", false}, {"0.0.0.0/0", "1.2.3.4", true},
-        {"0.0.0.0/0", "::1", false},             {"2001:db8::/33", "2001:db8:7fff::1", true},
-        {"2001:db8::/33", "2001:db8:8000::1", false}, {"::/0", "1.2.3.4", false},
-        {"10.0.0.0/33", "10.0.0.0", false},      {"10.0.0.0/x", "10.0.0.0", false},
-        {"nonsense,10.0.0.1", "10.0.0.1", true}, {"10.0.0.1", "nonsense", false},
+        {"127.0.0.1,::1", "127.0.0.1", true},
+        {"127.0.0.1,::1", "::1", true},
+        {"127.0.0.1,::1", "127.0.0.2", false},
+        {"127.0.0.1,::1", "::2", false},
+        {"127.0.0.1, 10.0.0.1", "10.0.0.1", true},
+        {"*", "8.8.8.8", true},
+        {"*", "2001:db8::1", true},
+        {"", "127.0.0.1", false},
+        {"", "", true},
+        {"10.0.0.0/8", "10.255.1.2", true},
+        {"10.0.0.0/8", "11.0.0.1", false},
+        {"192.168.4.0/22", "192.168.7.255", true},
+        {"192.168.4.0/22", "192.168.8.0", false},
+        {"0.0.0.0/0", "1.2.3.4", true},
+        {"0.0.0.0/0", "::1", false},
+        {"2001:db8::/33", "2001:db8:7fff::1", true},
+        {"2001:db8::/33", "2001:db8:8000::1", false},
+        {"::/0", "1.2.3.4", false},
+        {"10.0.0.0/33", "10.0.0.0", false},
+        {"10.0.0.0/x", "10.0.0.0", false},
+        {"nonsense,10.0.0.1", "10.0.0.1", true},
+        {"10.0.0.1", "nonsense", false},
     };
     for (const auto& row : cases) {
         CAPTURE(row.list);
@@ -6131,13 +6428,17 @@ TEST_CASE("USR1 moves both logs, and what the application prints, to new files")
     const string access = dir.path + "/access", errors = dir.path + "/errors";
     Server server(kTalkative, {"--access-logfile", access, "--error-logfile", errors}, {}, false);
     const auto ask = [&](const string& target) {
-        const int port = std::atoi(read_file(errors).substr(read_file(errors).find("127.0.0.1:") + 10).c_str());
+        const int port =
+            std::atoi(read_file(errors).substr(read_file(errors).find("127.0.0.1:") + 10).c_str());
         return request(port, get_bytes(target)).body;
     };
-    REQUIRE(wait_for([&] { return contains(read_file(errors), "Listening at") && server.ready_workers() == 2; }));
+    REQUIRE(wait_for([&] {
+        return contains(read_file(errors), "Listening at") && server.ready_workers() == 2;
+    }));
     CHECK(ask("/one") == "ok");
     CHECK(wait_for([&] { return contains(read_file(errors), "printed /one"); }));
-    const int port = std::atoi(read_file(errors).substr(read_file(errors).find("127.0.0.1:") + 10).c_str());
+    const int port =
+        std::atoi(read_file(errors).substr(read_file(errors).find("127.0.0.1:") + 10).c_str());
     REQUIRE(::rename(access.c_str(), (access + ".1").c_str()) == 0);
     REQUIRE(::rename(errors.c_str(), (errors + ".1").c_str()) == 0);
     server.signal(SIGUSR1);
@@ -6157,9 +6458,8 @@ TEST_CASE("USR1 moves both logs, and what the application prints, to new files")
     CHECK(read_file(access + ".1") == old_access);
     REQUIRE(::rename(dir.path.c_str(), (dir.path + "-gone").c_str()) == 0);
     server.signal(SIGUSR1);  // which finds no place for them: all goes on as it was
-    CHECK(wait_for([&] {
-        return count(read_file(dir.path + "-gone/errors"), "cannot open the log") >= 3;
-    }));
+    CHECK(wait_for(
+        [&] { return count(read_file(dir.path + "-gone/errors"), "cannot open the log") >= 3; }));
     for (int i = 0; i < 6; ++i) { CHECK(request(port, get_bytes("/three")).body == "ok"); }
     REQUIRE(::rename((dir.path + "-gone").c_str(), dir.path.c_str()) == 0);
     CHECK_FALSE(contains(read_file(errors + ".1"), "/two"));
@@ -6184,9 +6484,12 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
     ::chmod(dir.path.c_str(), 0755);
     const struct passwd nobody = *::getpwnam("nobody");
     const gid_t group = ::getgrnam("nogroup")->gr_gid;
-    const string access = dir.path + "/access", errors = dir.path + "/errors", path = dir.path + "/s";
-    Server server(kTalkative, {"-u", "nobody", "-g", "nogroup", "-b", "unix:" + path, "-m", "0027",
-                               "--access-logfile", access, "--error-logfile", errors}, {}, false);
+    const string access = dir.path + "/access", errors = dir.path + "/errors",
+                 path = dir.path + "/s";
+    Server server(kTalkative,
+                  {"-u", "nobody", "-g", "nogroup", "-b", "unix:" + path, "-m", "0027",
+                   "--access-logfile", access, "--error-logfile", errors},
+                  {}, false);
     ::chmod(server.dir.path.c_str(), 0755);
     REQUIRE(wait_for([&] { return server.ready_workers() == 2; }));
     const auto owner = [](const string& file) {
@@ -6221,14 +6524,17 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
     CHECK(wait_for([&] { return (owner(access) == expected) && (owner(errors) == expected); }));
     CHECK(wait_for([&] {
         (void)request_unix(path, get_bytes("/late"));
-        return contains(read_file(errors), "printed /late") && contains(read_file(access), "GET /late");
+        return contains(read_file(errors), "printed /late") &&
+               contains(read_file(access), "GET /late");
     }));
     const vector<pid_t> before = server.workers();
     server.signal(SIGHUP);
-    CHECK(wait_for([&] {
-        const vector<pid_t> now = server.workers();
-        return now.size() == 2 && !has_pid(before, now[0]) && !has_pid(before, now[1]);
-    }, 10s));
+    CHECK(wait_for(
+        [&] {
+            const vector<pid_t> now = server.workers();
+            return now.size() == 2 && !has_pid(before, now[0]) && !has_pid(before, now[1]);
+        },
+        10s));
     check_all();
     CHECK(run_to_end({"-u", "no-such-user", "app:app"}).code == 1);
     CHECK(run_to_end({"-g", "no-such-group", "app:app"}).code == 1);
@@ -6243,10 +6549,13 @@ TEST_CASE("a daemon goes on in the background, and its pid file names it as long
     const TempDir dir;
     write_file(dir.path + "/app.py", kTalkative);
     const string pidfile = dir.path + "/pid", errors = dir.path + "/errors";
-    const vector<string> args{"-D", "-p", pidfile, "--chdir", dir.path, "--error-logfile", errors,
-                              "--python", "/usr/bin/python3", "-b", "127.0.0.1:0", "app:app"};
+    const vector<string> args{"-D",      "-p",          pidfile,
+                              "--chdir", dir.path,      "--error-logfile",
+                              errors,    "--python",    "/usr/bin/python3",
+                              "-b",      "127.0.0.1:0", "app:app"};
     CHECK(run_to_end(args).code == 0);
-    REQUIRE(wait_for([&] { return exists(pidfile) && contains(read_file(errors), "Listening at"); }));
+    REQUIRE(
+        wait_for([&] { return exists(pidfile) && contains(read_file(errors), "Listening at"); }));
     const pid_t pid = read_pidfile(pidfile);
     REQUIRE(pid > 1);
     const auto tree = [&] { return output_of("pgrep -P " + to_string(pid) + " | wc -l"); };
@@ -6288,7 +6597,8 @@ TEST_CASE("a daemon goes on in the background, and its pid file names it as long
     CHECK_FALSE(exists(pidfile));
 }
 
-TEST_CASE("runners are recycled: the successor first, no request fails, none waits for the change") {
+TEST_CASE(
+    "runners are recycled: the successor first, no request fails, none waits for the change") {
     Server server(kTools + kOnce + R"py(
 import atexit
 time.sleep(0.2)  # so long the import takes
@@ -6320,8 +6630,10 @@ atexit.register(mark, "left")
     CHECK(server.workers() == workers);
     const size_t recycled = count(server.log(), "Autorestarting runner (pid:");
     CHECK(recycled >= 6);
-    CHECK(wait_for([&] { return server.runners().size() == 2 &&
-                                read_file(server.dir.path + "/left").size() >= recycled - 1; }));
+    CHECK(wait_for([&] {
+        return server.runners().size() == 2 &&
+               read_file(server.dir.path + "/left").size() >= recycled - 1;
+    }));
     for (const pid_t pid : server.runners()) { CHECK(!has_pid(before, pid)); }
     CHECK_FALSE(contains(server.log(), "[ERROR]"));
 
@@ -6359,7 +6671,8 @@ TEST_CASE("systemd hands over sockets, and hears what goes on") {
     for (int i = 0; i < 2; ++i) {
         sockets.emplace_back(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
         address.sin_port = 0;
-        REQUIRE(::bind(sockets.back().get(), reinterpret_cast<sockaddr*>(&address), sizeof address) == 0);
+        REQUIRE(::bind(sockets.back().get(), reinterpret_cast<sockaddr*>(&address),
+                       sizeof address) == 0);
         REQUIRE(::listen(sockets.back().get(), 5) == 0);
         socklen_t size = sizeof address;
         ::getsockname(sockets.back().get(), reinterpret_cast<sockaddr*>(&address), &size);
@@ -6463,10 +6776,10 @@ TEST_CASE("Flask and Django applications run under two workers") {
         CHECK(get(server).body == string("Hello from ") + row.name);
 
         const string form = "name=Ada+Lovelace&colour=blue";
-        const Reply posted = request(
-            server.port(), "POST /form HTTP/1.1\r\nHost: x\r\nContent-Type: "
-                           "application/x-www-form-urlencoded\r\nContent-Length: " +
-                               to_string(form.size()) + "\r\n\r\n" + form);
+        const Reply posted = request(server.port(),
+                                     "POST /form HTTP/1.1\r\nHost: x\r\nContent-Type: "
+                                     "application/x-www-form-urlencoded\r\nContent-Length: " +
+                                         to_string(form.size()) + "\r\n\r\n" + form);
         CHECK(posted.body == "Ada Lovelace is blue");
 
         string upload(5'000'000, '\0');
