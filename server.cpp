@@ -244,6 +244,23 @@ bool parse_number(string_view text, int64_t& number, int base = 10) {
     return problem == std::errc() && stop == end && text.front() != '-';
 }
 
+/// An IP address with the number of its bits that count.
+struct Network {
+    bool v6 = false;
+    int64_t bits = 0;
+    unsigned char address[16];
+};
+
+/// Reads 10.0.0.1, 10.0.0.0/8, ::1 and the like.
+bool parse_network(string_view text, Network& network) {
+    network.v6 = text.find(':') != string::npos;
+    const int64_t most = network.bits = network.v6 ? 128 : 32;
+    const bool whole = text.find('/') == string::npos;
+    const string address(cut(text, '/'));
+    return ::inet_pton(network.v6 ? AF_INET6 : AF_INET, address.c_str(), network.address) == 1 &&
+           (whole || (parse_number(text, network.bits) && network.bits <= most));
+}
+
 /// Makes bytes of a client harmless in a log: controls, quotes, backslashes and all but ASCII.
 string escape(string_view text) {
     string out;
@@ -376,7 +393,9 @@ struct Config {
     string chdir, worker_tmp_dir, accesslog, errorlog = "-", loglevel = "info";
     string access_log_format = "%(h)s %(l)s %(u)s %(t)s \"%(r)s\" %(s)s %(b)s \"%(f)s\" \"%(a)s\"";
     Strings bind, pythonpath, raw_env;
-    string python = "python3", runner, forwarded_allow_ips = "127.0.0.1,::1";
+    string python = "python3", runner;
+    string forwarded_allow_ips = "127.0.0.1,::1", proxy_allow_from = "127.0.0.1,::1";
+    bool proxy_protocol = false;
     string pidfile, user, group;
     int umask = 0;
     uid_t uid = 0;  // what --user and --group mean
@@ -447,6 +466,19 @@ Error set_word(Config& config, string_view text) {
     return known ? set<Member>(config, text) : Error{1, "there is no '" + string(text) + "'"};
 }
 
+/// A list of addresses and networks, * for all.
+template <auto Member>
+Error set_networks(Config& config, string_view text) {
+    for (string_view rest = text; !rest.empty();) {
+        const string_view entry = trim(cut(rest, ','));
+        Network network;
+        if (entry != "*" && !parse_network(entry, network)) {
+            return {1, "'" + string(entry) + "' is no address or network"};
+        }
+    }
+    return set<Member>(config, text);
+}
+
 /// A file mode mask in octal digits.
 Error set_umask(Config& config, string_view text) {
     int64_t mask = 0;
@@ -513,8 +545,11 @@ constexpr Option kOptions[] = {
      set_word<&C::loglevel, kLevels>, get<&C::loglevel>},
     row<&C::python>(0, "python", "PATH", "the Python that runs the application"),
     row<&C::runner>(0, "runner", "CMD", "a program that answers in place of Python"),
-    row<&C::forwarded_allow_ips>(0, "forwarded-allow-ips", "IPS",
-                                 "proxies that may say https: addresses, networks or *"),
+    {0, "forwarded-allow-ips", "IPS", "proxies that may say https: addresses, networks or *",
+     set_networks<&C::forwarded_allow_ips>, get<&C::forwarded_allow_ips>},
+    row<&C::proxy_protocol>(0, "proxy-protocol", nullptr, "take PROXY headers, version 1 or 2"),
+    {0, "proxy-allow-from", "IPS", "who may send them: addresses, networks or *",
+     set_networks<&C::proxy_allow_from>, get<&C::proxy_allow_from>},
     row<&C::daemon>('D', "daemon", nullptr, "go on in the background"),
     row<&C::pidfile>('p', "pid", "FILE", "write the process number of the arbiter to it"),
     row<&C::user>('u', "user", "USER", "that workers run as, by name or number"),
@@ -1322,28 +1357,83 @@ private:
 /// Whether a list of addresses and networks (10.0.0.0/8, ::1, *) holds an address. A client on a
 /// unix socket has none, and is trusted.
 bool is_listed(string_view list, const string& address) {
-    unsigned char wanted[16], listed[16];
-    const bool v6 = address.find(':') != string::npos;
-    if (address.empty() || ::inet_pton(v6 ? AF_INET6 : AF_INET, address.c_str(), wanted) != 1) {
-        return address.empty();
-    }
+    Network wanted, listed;
+    if (address.empty() || !parse_network(address, wanted)) { return address.empty(); }
     while (!list.empty()) {
-        string_view bits = trim(cut(list, ','));
-        if (bits == "*") { return true; }
-        const string network(cut(bits, '/'));
-        int64_t prefix = v6 ? 128 : 32;
-        if (::inet_pton(v6 ? AF_INET6 : AF_INET, network.c_str(), listed) != 1 ||
-            (!bits.empty() && (!parse_number(bits, prefix) || prefix > (v6 ? 128 : 32)))) {
-            continue;
-        }
-        const size_t bytes = static_cast<size_t>(prefix / 8),
-                     rest = static_cast<size_t>(prefix % 8);
-        const bool same = std::memcmp(wanted, listed, bytes) == 0;
-        if (same && (rest == 0 || ((wanted[bytes] ^ listed[bytes]) >> (8 - rest)) == 0)) {
+        const string_view entry = trim(cut(list, ','));
+        if (entry == "*") { return true; }
+        if (!parse_network(entry, listed) || wanted.v6 != listed.v6) { continue; }
+        const size_t bytes = static_cast<size_t>(listed.bits / 8);
+        const int rest = static_cast<int>(listed.bits % 8);
+        const bool same = std::memcmp(wanted.address, listed.address, bytes) == 0;
+        if (same &&
+            (rest == 0 || (wanted.address[bytes] ^ listed.address[bytes]) >> (8 - rest) == 0)) {
             return true;
         }
     }
     return false;
+}
+
+/// Where a connection came in: SERVER_NAME, SERVER_PORT, REMOTE_ADDR, REMOTE_PORT.
+struct Endpoints {
+    string server, server_port, peer, peer_port;  // all empty on a unix socket
+};
+
+/// PROXY TCP4 SOURCE DESTINATION PORT PORT CR LF, of 107 bytes at the most.
+Parse take_proxy_v1(string_view& in, Endpoints& ends) {
+    const size_t end = in.substr(0, 107).find("\r\n");
+    if (end == string::npos) { return in.size() < 107 ? Parse::NeedMore : Parse::Bad; }
+    string_view line = in.substr(0, end);
+    in.remove_prefix(end + 2);
+    cut(line, ' ');
+    const string_view protocol = cut(line, ' ');
+    if (protocol == "UNKNOWN") { return Parse::Done; }
+    const string_view peer = cut(line, ' '), server = cut(line, ' '), port = cut(line, ' ');
+    const bool v6 = protocol == "TCP6";
+    int64_t number = 0;
+    for (const string_view address : {peer, server}) {
+        Network network;
+        const bool plain = address.find('/') == string::npos;
+        if (!plain || !parse_network(address, network) || network.v6 != v6) { return Parse::Bad; }
+    }
+    if (!parse_number(line, number) || number > 65535) { return Parse::Bad; }
+    if (!parse_number(port, number) || number > 65535) { return Parse::Bad; }
+    ends.peer = peer;
+    ends.peer_port = to_string(number);
+    return v6 || protocol == "TCP4" ? Parse::Done : Parse::Bad;
+}
+
+/// 12 bytes of signature, version and command, family, length (2), and the addresses.
+Parse take_proxy_v2(string_view& in, Endpoints& ends) {
+    if (in.size() < 16) { return Parse::NeedMore; }
+    const auto byte = [in](size_t i) { return static_cast<unsigned char>(in[i]); };
+    const unsigned command = byte(12), family = byte(13);
+    const size_t size = 16 + (byte(14) * size_t{256} + byte(15));
+    const bool proxied = command == 0x21, v4 = family == 0x11, v6 = family == 0x21;
+    const size_t least = 16 + (!proxied ? 0 : v4 ? 12 : v6 ? 36 : 0);
+    const bool known = (proxied || command == 0x20) && family >> 4 <= 3 && (family & 15) <= 2;
+    if (!known || size < least) { return Parse::Bad; }
+    if (in.size() < size) { return Parse::NeedMore; }
+    if (proxied && (v4 || v6)) {
+        char text[INET6_ADDRSTRLEN] = "";
+        const size_t port = v4 ? 24 : 48;
+        ends.peer = ::inet_ntop(v4 ? AF_INET : AF_INET6, in.data() + 16, text, sizeof text);
+        ends.peer_port = to_string(byte(port) * 256 + byte(port + 1));
+    }
+    in.remove_prefix(size);
+    return Parse::Done;
+}
+
+/// Takes a PROXY header of either version off the front of what a connection sent, and the
+/// client's address out of it (HAProxy's proxy-protocol.txt, section 2). Done: or there is none.
+Parse take_proxy_header(string_view& in, Endpoints& ends) {
+    static constexpr string_view kV1 = "PROXY ", kV2("\r\n\r\n\0\r\nQUIT\n", 12);
+    for (const string_view start : {kV1, kV2}) {
+        if (in.substr(0, start.size()) != start.substr(0, in.size())) { continue; }
+        if (in.size() < start.size()) { return Parse::NeedMore; }
+        return start == kV1 ? take_proxy_v1(in, ends) : take_proxy_v2(in, ends);
+    }
+    return Parse::Done;
 }
 
 /// What a proxy said of the scheme: "https", "http", or "" where its fields contradict each other.
@@ -1358,11 +1448,6 @@ string forwarded_scheme(const Request& r) {
     }
     return yes > 0 && no > 0 ? "" : yes > 0 ? "https" : "http";
 }
-
-/// Where a connection came in: SERVER_NAME, SERVER_PORT, REMOTE_ADDR, REMOTE_PORT.
-struct Endpoints {
-    string server, server_port, peer, peer_port;  // all empty on a unix socket
-};
 
 /// The environ block, NAME NUL value NUL …, CONTENT_LENGTH first (PEP 3333, SCGI).
 string make_environ(const Request& r, const Endpoints& ends, string_view scheme = "http") {
@@ -1465,12 +1550,19 @@ string final_head(const Response& r, int minor, bool chunked) {
 /// The server's own answer; it echoes nothing of the request.
 Response error_response(int status, string& body) {
     static constexpr std::pair<int, const char*> kReasons[] = {
-        {400, "Bad Request"},           {408, "Request Timeout"},
-        {413, "Content Too Large"},     {414, "URI Too Long"},
-        {417, "Expectation Failed"},    {431, "Request Header Fields Too Large"},
-        {500, "Internal Server Error"}, {501, "Not Implemented"},
-        {502, "Bad Gateway"},           {503, "Service Unavailable"},
-        {504, "Gateway Timeout"},       {505, "HTTP Version Not Supported"},
+        {400, "Bad Request"},
+        {403, "Forbidden"},
+        {408, "Request Timeout"},
+        {413, "Content Too Large"},
+        {414, "URI Too Long"},
+        {417, "Expectation Failed"},
+        {431, "Request Header Fields Too Large"},
+        {500, "Internal Server Error"},
+        {501, "Not Implemented"},
+        {502, "Bad Gateway"},
+        {503, "Service Unavailable"},
+        {504, "Gateway Timeout"},
+        {505, "HTTP Version Not Supported"},
         {507, "Insufficient Storage"}};
     Response r;
     r.status = status;
@@ -1900,9 +1992,11 @@ struct Connection {
     Time deadline{};
     Passport pass;
     Endpoints ends;
-    bool silent = true;  // nothing has come
-    bool fresh = true;   // something has happened since the last tick
-    string in;           // read and not yet understood
+    string from;                // the socket's peer, whatever a PROXY header says
+    bool awaits_proxy = false;  // such a header may come first
+    bool silent = true;         // nothing has come
+    bool fresh = true;          // something has happened since the last tick
+    string in;                  // read and not yet understood
     RequestParser parser;
     string env;             // environ block, once the head is complete
     Spool body, out;        // of the request; what the client has not taken yet
@@ -2258,6 +2352,8 @@ private:
         Connection* c = adopt(std::move(fd));
         if (c == nullptr) { return false; }
         address_text(peer, c->ends.peer, c->ends.peer_port);
+        c->from = c->ends.peer;
+        c->awaits_proxy = config_.proxy_protocol;
         c->ends.server = listener.host;
         c->ends.server_port = listener.port;
         if (listener.wildcard) {
@@ -2326,8 +2422,10 @@ private:
     /// Head and body, as far as they have come.
     void parse(Connection& c) {
         string_view in = c.in, piece;
-        Parse parsed;
-        while ((parsed = c.parser.next(in, piece)) == Parse::Head || parsed == Parse::Data) {
+        Parse parsed = c.awaits_proxy ? take_proxy(c, in) : Parse::Head;
+        const bool started = parsed == Parse::Head;
+        while (started &&
+               ((parsed = c.parser.next(in, piece)) == Parse::Head || parsed == Parse::Data)) {
             parsed == Parse::Head ? take_head(c, !in.empty()) : c.body.append(piece, kPiece);
             if (c.state != State::ReadBody) { return; }
         }
@@ -2341,13 +2439,27 @@ private:
         if (c.state == State::ReadBody) { set_state(c, State::ReadBody); }
     }
 
+    /// The PROXY header that may stand before a request. Head: the request begins.
+    Parse take_proxy(Connection& c, string_view& in) {
+        const Parse parsed = take_proxy_header(in, c.ends);
+        const bool there = in.size() < c.in.size();
+        if (there && !is_listed(config_.proxy_allow_from, c.from)) {
+            return c.parser.error = {403, "who sent a PROXY header may not"}, Parse::Bad;
+        }
+        if (parsed == Parse::Bad) { c.parser.error = {400, "not a PROXY header"}; }
+        if (parsed != Parse::Done) { return parsed; }
+        c.awaits_proxy = false;
+        c.silent = in.empty();  // a proxy that only looks whether somebody is there
+        return Parse::Head;
+    }
+
     void take_head(Connection& c, bool has_more) {
         const Request& request = c.parser.request;
         c.pass.minor = request.minor;
         c.pass.bodyless = request.method == "HEAD";
         string scheme = forwarded_scheme(request);
         const bool said = scheme != "http";
-        if (said && !is_listed(config_.forwarded_allow_ips, c.ends.peer)) { scheme = "http"; }
+        if (said && !is_listed(config_.forwarded_allow_ips, c.from)) { scheme = "http"; }
         if (scheme.empty()) { return refuse(c, {400, "contradicting X-Forwarded fields"}); }
         c.env = make_environ(request, c.ends, scheme);
         set_state(c, State::ReadBody);

@@ -59,6 +59,21 @@ void requests(string_view bytes, size_t step) {
     require(names >= 12);
 }
 
+/// A PROXY header means the same however it arrives, and names an address or nothing.
+void proxy_headers(string_view bytes) {
+    Endpoints whole, parts;
+    string_view in = bytes;
+    const Parse expected = take_proxy_header(in, whole);
+    Parse parsed = Parse::NeedMore;
+    for (size_t fed = 1; fed <= bytes.size() && parsed == Parse::NeedMore; ++fed) {
+        string_view part = bytes.substr(0, fed);
+        parsed = take_proxy_header(part, parts);
+    }
+    require(parsed == expected && whole.peer == parts.peer && whole.peer_port == parts.peer_port);
+    Network network;
+    require(whole.peer.empty() || parse_network(whole.peer, network));
+}
+
 /// What is accepted of an application's head goes out as lines of one kind only.
 void responses(string_view bytes) {
     Response response;
@@ -112,7 +127,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, size_t size) {
     if (size < 2) { return 0; }
     const size_t step = data[1] % 32 + 1U;
     const string_view bytes(reinterpret_cast<const char*>(data) + 2, size - 2);
-    switch (data[0] % 4) {
+    switch (data[0] % 5) {
         case 0: fuzz::requests(bytes, step); break;
         case 1: fuzz::responses(bytes); break;
         case 2:
@@ -120,6 +135,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, size_t size) {
                           fuzz::read_frames(bytes, step));
             break;
         case 3: fuzz::access_lines(bytes); break;
+        case 4: fuzz::proxy_headers(bytes); break;
     }
     return 0;
 }
@@ -3930,6 +3946,8 @@ TEST_CASE("settings that are refused: in a sentence, with the exit status that t
     const Fd listening = listen_somewhere(busy), bound = listen_somewhere(unused, false);
     vector<Row> rows = {
         {{"-w", "0"}, 1, "--workers", {}},
+        {{"--forwarded-allow-ips", "::1,localhost"}, 1, "'localhost'", {}},
+        {{"--proxy-allow-from", "10.0.0.0/33"}, 1, "--proxy-allow-from", {}},
         {{"-w-1"}, 1, "--workers", {}},
         {{"-w", "x"}, 2, "'x'", {}},
         {{"-w", "4x"}, 2, "'4x'", {}},
@@ -6380,6 +6398,115 @@ TEST_CASE("addresses are found in a list of addresses and networks") {
         CAPTURE(row.address);
         CHECK(is_listed(Exact(row.list).view(), row.address) == row.listed);
     }
+}
+
+/// A version 2 header of the PROXY protocol.
+string proxy_v2(char command, char family, const string& addresses) {
+    const char size[] = {static_cast<char>(addresses.size() / 256),
+                         static_cast<char>(addresses.size() % 256)};
+    return "\r\n\r\n\0\r\nQUIT\n"s + command + family + string(size, 2) + addresses;
+}
+
+TEST_CASE("a PROXY header names the client, or is refused, whole or byte by byte") {
+    const string v4 = "\x0a\0\0\x07\x7f\0\0\x01\x30\x39\0\x50"s;
+    const string v6 = string(15, '\0') + "\x01" + string(15, '\0') + "\x02\xff\xff\0\x50"s;
+    const struct {
+        const char* name;
+        string bytes;
+        Parse expected;
+        string peer = "-", port = "-";
+    } cases[] = {
+        {"version 1", "PROXY TCP4 10.0.0.7 127.0.0.1 12345 80\r\n", Parse::Done, "10.0.0.7",
+         "12345"},
+        {"IPv6", "PROXY TCP6 ::1 ::2 65535 80\r\n", Parse::Done, "::1", "65535"},
+        {"unknown", "PROXY UNKNOWN\r\n", Parse::Done},
+        {"unknown, with whatever", "PROXY UNKNOWN ffff:f...f:ffff a b c\r\n", Parse::Done},
+        {"a request", "GET / HTTP/1.1\r\n", Parse::Done},
+        {"a request that begins alike", "PROXX / HTTP/1.1\r\n", Parse::Done},
+        {"an empty line first", "\r\nGET / HTTP/1.1\r\n", Parse::Done},
+        {"another family", "PROXY UDP4 10.0.0.7 127.0.0.1 12345 80\r\n", Parse::Bad},
+        {"the wrong family", "PROXY TCP6 10.0.0.7 127.0.0.1 12345 80\r\n", Parse::Bad},
+        {"a bad address", "PROXY TCP4 10.0.0.777 127.0.0.1 12345 80\r\n", Parse::Bad},
+        {"a network", "PROXY TCP4 10.0.0.0/8 127.0.0.1 12345 80\r\n", Parse::Bad},
+        {"a bad destination", "PROXY TCP4 10.0.0.7 x 12345 80\r\n", Parse::Bad},
+        {"a signed port", "PROXY TCP4 10.0.0.7 127.0.0.1 +1 80\r\n", Parse::Bad},
+        {"a port too high", "PROXY TCP4 10.0.0.7 127.0.0.1 65536 80\r\n", Parse::Bad},
+        {"a destination port too high", "PROXY TCP4 10.0.0.7 127.0.0.1 1 65536\r\n", Parse::Bad},
+        {"a port missing", "PROXY TCP4 10.0.0.7 127.0.0.1 12345\r\n", Parse::Bad},
+        {"a word more", "PROXY TCP4 10.0.0.7 127.0.0.1 12345 80 90\r\n", Parse::Bad},
+        {"two blanks", "PROXY TCP4  10.0.0.7 127.0.0.1 12345 80\r\n", Parse::Bad},
+        {"nothing", "PROXY \r\n", Parse::Bad},
+        {"the end of no line", "PROXY UNKNOWN " + string(91, 'x') + "\r\n", Parse::Done},
+        {"too long", "PROXY UNKNOWN " + string(92, 'x') + "\r\n", Parse::Bad},
+        {"half of one", "PROXY TCP4 10.0", Parse::NeedMore},
+        {"version 2", proxy_v2('\x21', '\x11', v4), Parse::Done, "10.0.0.7", "12345"},
+        {"with more in it", proxy_v2('\x21', '\x11', v4 + "\x04\0\1x"s), Parse::Done, "10.0.0.7",
+         "12345"},
+        {"version 2, IPv6", proxy_v2('\x21', '\x21', v6), Parse::Done, "::1", "65535"},
+        {"LOCAL", proxy_v2('\x20', '\0', ""), Parse::Done},
+        {"LOCAL with addresses", proxy_v2('\x20', '\x11', v4), Parse::Done},
+        {"unspecified", proxy_v2('\x21', '\0', "abc"), Parse::Done},
+        {"unix sockets", proxy_v2('\x21', '\x31', string(216, 'x')), Parse::Done},
+        {"another version", proxy_v2('\x11', '\x11', v4), Parse::Bad},
+        {"another command", proxy_v2('\x22', '\x11', v4), Parse::Bad},
+        {"another family", proxy_v2('\x21', '\x41', v4), Parse::Bad},
+        {"another transport", proxy_v2('\x21', '\x13', v4), Parse::Bad},
+        {"addresses cut short", proxy_v2('\x21', '\x11', v4.substr(1)), Parse::Bad},
+        {"half of version 2", proxy_v2('\x21', '\x11', v4).substr(0, 20), Parse::NeedMore},
+        {"half of its start", "\r\n\r\n\0\r\n"s, Parse::NeedMore},
+    };
+    for (const auto& row : cases) {
+        CAPTURE(row.name);
+        const bool header =
+            row.bytes.substr(0, 5) == "PROXY" || row.bytes.substr(0, 4) == "\r\n\r\n";
+        for (const size_t step : {row.bytes.size(), size_t{1}}) {
+            Endpoints ends{"", "", "-", "-"};
+            Parse parsed = Parse::NeedMore;
+            size_t fed = 0, left = 0;
+            while (parsed == Parse::NeedMore && fed < row.bytes.size()) {
+                fed += step;
+                string_view in = string_view(row.bytes).substr(0, fed);
+                parsed = take_proxy_header(in, ends);
+                left = in.size();
+            }
+            CHECK(parsed == row.expected);
+            if (parsed != Parse::Done) { continue; }
+            CHECK(left == (header ? 0 : fed));
+            CHECK(ends.peer == row.peer);
+            CHECK(ends.peer_port == row.port);
+        }
+    }
+}
+
+TEST_CASE("behind a proxy that speaks the PROXY protocol the client is who it says") {
+    const Server server(kProbe, {"--proxy-protocol"});
+    const Server strict(kProbe, {"--proxy-protocol", "--proxy-allow-from", "10.0.0.0/8",
+                                 "--forwarded-allow-ips", "10.0.0.0/8"});
+    const string v1 = "PROXY TCP4 10.0.0.7 127.0.0.1 12345 80\r\n";
+    const string request_bytes = http("GET /", "X-Forwarded-Proto: https\r\n");
+    const Reply named = exchange(Client(server), v1 + request_bytes);
+    CHECK(named.status == 200);
+    CHECK(has_line(named.body, "REMOTE_ADDR=10.0.0.7"));
+    CHECK(has_line(named.body, "REMOTE_PORT=12345"));
+    CHECK(has_line(named.body, "SERVER_PORT=" + to_string(server.port())));
+    CHECK(has_line(named.body, "wsgi.url_scheme=https"));  // the proxy is trusted, on loopback
+    CHECK(server.access_has("10.0.0.7 - - ["));
+    for (const string& header : {proxy_v2('\x20', '\0', ""), "PROXY UNKNOWN\r\n"s, ""s}) {
+        const Reply local = exchange(Client(server), header + request_bytes);
+        CHECK(has_line(local.body, "REMOTE_ADDR=127.0.0.1"));
+    }
+    CHECK(exchange(Client(server), "PROXY TCP4 x y 1 2\r\n" + request_bytes).status == 400);
+    CHECK(exchange(Client(server), v1 + v1 + request_bytes).status == 400);
+    CHECK(exchange(Client(strict), v1 + request_bytes).status == 403);
+    const Reply plain = exchange(Client(strict), request_bytes);
+    CHECK(has_line(plain.body, "wsgi.url_scheme=http"));  // whatever address a header might name
+    Client probe(server);  // a health check: the header, and nothing else
+    probe.send("PROXY UNKNOWN\r\n");
+    probe.half_close();
+    CHECK(probe.read_all() == "");
+    CHECK_FALSE(contains(server.log(), "ends early"));
+    const Server without(kProbe);
+    CHECK(exchange(Client(without), v1 + request_bytes).status == 400);
 }
 
 TEST_CASE("a trusted proxy says whether the client came by https") {
