@@ -20,7 +20,7 @@
 //   Signal      arbiter                                      worker
 //   TERM        graceful stop: USR2 to all workers           serve what was accepted, then leave
 //   USR1        open the logs again                          the same; the runner, at a request
-//   USR2        ignored                                      as TERM, and empty the ready queue
+//   USR2        upgrade: a new master beside this one        as TERM, and empty the ready queue
 //   INT, QUIT   stop within a second                         leave at once
 //   HUP         reload: new workers, then TERM to the old    ignored
 //   TTIN, TTOU  one worker more, one worker less             ignored
@@ -155,6 +155,15 @@ void set_flags(int fd, bool nonblocking) {
 Fd raise_fd(Fd fd) {
     const int high = ::fcntl(fd.get(), F_DUPFD_CLOEXEC, FD_SETSIZE);
     return high < 0 ? std::move(fd) : Fd(high);
+}
+
+/// How many descriptors a process may have, as far as it is allowed. Returns the limit before.
+rlim_t set_soft_limit(rlim_t wanted) {
+    struct rlimit limit {};
+    ::getrlimit(RLIMIT_NOFILE, &limit);
+    const rlim_t before = std::exchange(limit.rlim_cur, std::min(limit.rlim_max, wanted));
+    ::setrlimit(RLIMIT_NOFILE, &limit);
+    return before;
 }
 
 struct Pair {
@@ -396,12 +405,17 @@ struct Config {
     string python = "python3", runner;
     string forwarded_allow_ips = "127.0.0.1,::1", proxy_allow_from = "127.0.0.1,::1";
     bool proxy_protocol = false;
-    string pidfile, user, group;
+    string pidfile, user, group, proc_name;
     int umask = 0;
     uid_t uid = 0;  // what --user and --group mean
     gid_t gid = 0;
-    int inherited = 0;     // listening sockets from systemd, from descriptor 3 on
-    string notify_socket;  // of systemd
+    int inherited = 0;      // listening sockets from systemd, from descriptor 3 on
+    string notify_socket;   // of systemd
+    char** argv = nullptr;  // as it was started, and where, for an upgrade
+    string directory;
+    pid_t old_master = 0;   // that upgrades to this one
+    char* title = nullptr;  // what ps shows
+    size_t title_size = 0;
     bool daemon = false;
     bool check_config = false, print_config = false, version = false, help = false;
 };
@@ -551,6 +565,7 @@ constexpr Option kOptions[] = {
     {0, "proxy-allow-from", "IPS", "who may send them: addresses, networks or *",
      set_networks<&C::proxy_allow_from>, get<&C::proxy_allow_from>},
     row<&C::daemon>('D', "daemon", nullptr, "go on in the background"),
+    row<&C::proc_name>('n', "name", "NAME", "in the titles of processes; else the application"),
     row<&C::pidfile>('p', "pid", "FILE", "write the process number of the arbiter to it"),
     row<&C::user>('u', "user", "USER", "that workers run as, by name or number"),
     row<&C::group>('g', "group", "GROUP", "that workers run as; else the user's"),
@@ -871,6 +886,15 @@ Error describe(Fd fd, Listener& made) {
     return {};
 }
 
+/// A unix socket's file is ours, to be removed at the end.
+void own_path(Listener& listener) {
+    struct stat info {};
+    const string path = listener.text.substr(std::min<size_t>(5, listener.text.size()));
+    if (listener.text.substr(0, 5) != "unix:" || ::lstat(path.c_str(), &info) < 0) { return; }
+    listener.path = path;
+    listener.inode = info.st_ino;
+}
+
 /// Makes way for a unix socket: removes a stale one, never a live one or another kind of file.
 Error clear_path(const string& path, const sockaddr_un& name) {
     struct stat info {};
@@ -938,13 +962,12 @@ Error bind_address(const Address& address, const Config& config, Listener& made)
     if (bound < 0 || ::listen(fd.get(), config.backlog) < 0) {
         return os_error("cannot listen on " + address.text);
     }
-    struct stat info {};
-    if (!address.path.empty() && ::lstat(address.path.c_str(), &info) == 0) {
-        made.path = address.path;
-        made.inode = info.st_ino;
-        if (::geteuid() == 0) { (void)!::lchown(address.path.c_str(), config.uid, config.gid); }
+    if (Error error = describe(std::move(fd), made)) { return error; }
+    own_path(made);
+    if (!made.path.empty() && ::geteuid() == 0) {
+        (void)!::lchown(made.path.c_str(), config.uid, config.gid);
     }
-    return describe(std::move(fd), made);
+    return {};
 }
 
 /// Removes the unix sockets that are still ours.
@@ -1017,6 +1040,12 @@ pid_t read_pidfile(const string& path) {
     return parse_number(cut(line, '\n'), pid) ? static_cast<pid_t>(pid) : 0;
 }
 
+/// While there is an old master its pid file stays, and ours stands beside it.
+string own_pidfile(const Config& config) {
+    return config.old_master > 0 && !config.pidfile.empty() ? config.pidfile + ".2"
+                                                            : config.pidfile;
+}
+
 /// Refuses a pid file with the number of a live process in it.
 Error check_pidfile(const string& path) {
     const pid_t pid = path.empty() ? 0 : read_pidfile(path);
@@ -1049,6 +1078,46 @@ Error daemonize(const Config& config) {
     ::dup2(null.get(), STDIN_FILENO);
     for (const int fd : {STDOUT_FILENO, STDERR_FILENO}) { ::dup2(log.get(), fd); }
     return open_logs(config);
+}
+
+/// Finds room for titles: the arguments, or memory of our own that ps shows in their place.
+void make_title_room(Config& config, int argc) {
+    char* const last = config.argv[argc - 1];
+    config.title = config.argv[0];
+    config.title_size = static_cast<size_t>(last + std::strlen(last) - config.title) + 1;
+#ifdef PR_SET_MM_MAP  // prctl(2); the numbers of the fields are those of proc(5)
+    char stat[1024];
+    const Fd file(::open("/proc/self/stat", O_RDONLY | O_CLOEXEC));
+    const ssize_t n = file ? read_some(file, stat, sizeof stat) : 0;
+    string_view line(stat, static_cast<size_t>(std::max<ssize_t>(n, 0)));
+    line.remove_prefix(std::min(line.rfind(')') + 2, line.size()));
+    int64_t fields[52] = {};
+    for (int i = 3; i < 52; ++i) { parse_number(cut(line, ' '), fields[i]); }
+    const auto field = [&fields](int i) { return static_cast<uint64_t>(fields[i]); };
+    const size_t size = 200;
+    char* room = new char[size]();
+    prctl_mm_map map{};
+    map.start_code = field(26), map.end_code = field(27), map.start_stack = field(28);
+    map.start_data = field(45), map.end_data = field(46), map.start_brk = field(47);
+    map.brk = reinterpret_cast<uint64_t>(::sbrk(0));
+    map.arg_start = reinterpret_cast<uint64_t>(room), map.arg_end = map.arg_start + size;
+    map.env_start = field(50), map.env_end = field(51);
+    map.exe_fd = static_cast<uint32_t>(-1);
+    if (::prctl(PR_SET_MM, PR_SET_MM_MAP, &map, sizeof map, 0) < 0) { return delete[] room; }
+    config.title = room;
+    config.title_size = size;
+#endif
+}
+
+/// "server: worker [app] GET /" for ps; the part without `what` is also the name in top.
+void set_title(const Config& config, const char* role, const string& what = "") {
+    string title = string("server: ") + role + " [" + config.proc_name + "]";
+#ifdef __linux__
+    if (what.empty()) { ::prctl(PR_SET_NAME, title.c_str()); }
+#endif
+    if (!what.empty()) { title += " " + what; }
+    title.resize(config.title_size - 1, '\0');
+    std::memcpy(config.title, title.data(), title.size());
 }
 
 /// Tells systemd, where it started us and wants to know, what goes on (sd_notify(3)).
@@ -1896,16 +1965,14 @@ struct Runner {
     ::dup2(in.get(), STDIN_FILENO);
     ::dup2(out.get(), STDOUT_FILENO);
     ::dup2(g_log.error_file.get(), STDERR_FILENO);
-    struct rlimit limit {};
-    ::getrlimit(RLIMIT_NOFILE, &limit);
-    limit.rlim_cur = files;
-    ::setrlimit(RLIMIT_NOFILE, &limit);
+    set_soft_limit(files);
 #ifdef __linux__
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
 #endif
     if (::getppid() != worker) { ::_exit(0); }
     block_signals(false);
-    const string label = "server: runner [" + config.app + "]", command = "exec " + config.runner;
+    const string label = "server: runner [" + config.proc_name + "]";
+    const string command = "exec " + config.runner;
     const char* python = config.python.c_str();
     if (config.runner.empty()) {
         ::execlp(python, python, "-u", "-c", boot.c_str(), label.c_str(), nullptr);
@@ -2088,6 +2155,7 @@ private:
 
     Error init_process() {
         log(Level::Info, "Booting worker with pid: " + to_string(::getpid()));
+        set_title(config_, "worker");
         if (Error error = make_pipe(g_self_pipe, true)) { return error; }
         set_signals({SIGHUP, SIGWINCH, SIGTTIN, SIGTTOU, SIGPIPE, SIGXFSZ}, SIG_IGN);
         set_signals({SIGTERM, SIGUSR1, SIGUSR2, SIGINT, SIGQUIT, SIGCHLD}, on_signal);
@@ -2157,6 +2225,7 @@ private:
         for (int fd = 0; look && fd <= max_fd_; ++fd) {
             if (FD_ISSET(fd, &cold_)) { FD_SET(fd, &reads); }
         }
+        show_title();
         const Time until = prepare(reads, writes);
         wait_ready(max_fd_, reads, writes,
                    colds_ > 0 && !look ? std::min(until, look_again_) : until);
@@ -2185,6 +2254,17 @@ private:
         if (now_ >= take_back_at()) { wait_again(take_back()); }
         pass_on();
         if (now_ >= next_tick_) { tick(); }
+    }
+
+    /// What ps tells of this process while it sleeps; query strings are nobody's business.
+    void show_title() {
+        const Connection* c = runner_.current;
+        const uint64_t state = 2 * begun_ + (c != nullptr ? 1 : 0);
+        if (!booted_ || std::exchange(shown_, state) == state) { return; }
+        if (c == nullptr) { return set_title(config_, "worker", "idle"); }
+        string_view uri = lookup(c->env, "RAW_URI");
+        set_title(config_, "worker",
+                  string(lookup(c->env, "REQUEST_METHOD")) + " " + string(cut(uri, '?')));
     }
 
     /// Completes the sets with what depends on the runner, and says when to wake at the latest.
@@ -2687,6 +2767,7 @@ private:
         runner_.phase = Phase::Busy;
         runner_.answered = false;
         runner_.since = now_;
+        ++begun_;
         extend_deadline();
     }
 
@@ -3015,7 +3096,8 @@ private:
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
     std::vector<Connection*> ready_;                       // complete, waiting here for a runner
     int connected_ = 0, failures_ = 0, status_ = 0, max_fd_ = 0;
-    size_t turn_ = 0, served_ = 0;  // the listener to begin with; requests
+    size_t turn_ = 0, served_ = 0;    // the listener to begin with; requests
+    uint64_t begun_ = 0, shown_ = 1;  // requests that went to the runner; what show_title() showed
     Stop stop_ = Stop::No;
     bool booted_ = false, spinner_ = false, dismissed_ = false;  // dismissed: the last runner
     size_t reply_memory_ = 0;
@@ -3047,7 +3129,8 @@ class Arbiter {
 public:
     Arbiter(const Config& config, std::vector<Listener> listeners, rlim_t files)
         : config_(config), listeners_(std::move(listeners)), files_(files),
-          num_workers_(config.workers) {}
+          pidfile_(own_pidfile(config)), num_workers_(config.workers),
+          old_master_(config.old_master) {}
 
     /// Runs the server until it is told to stop; returns the exit status.
     int run() {
@@ -3066,9 +3149,11 @@ public:
             for (int number; (number = next_signal()) >= 0;) { handle_signal(number); }
             reap_workers();
             murder_workers();
+            maybe_promote_master();
         }
-        unlink_sockets(listeners_);
-        if (read_pidfile(config_.pidfile) == ::getpid()) { ::unlink(config_.pidfile.c_str()); }
+        reap_workers();
+        if (reexec_pid_ == 0 && !has_old_master()) { unlink_sockets(listeners_); }
+        if (read_pidfile(pidfile_) == ::getpid()) { ::unlink(pidfile_.c_str()); }
         log(Level::Info, "Shutting down: Master");
         if (!reason_.empty()) { log(Level::Error, "Reason: " + reason_); }
         return status_;
@@ -3076,6 +3161,7 @@ public:
 
 private:
     Error start() {
+        set_title(config_, "master");
         Strings texts;
         for (const Listener& each : listeners_) { texts.push_back(each.text); }
         log(Level::Info, string("Starting server ") + kVersion);
@@ -3086,17 +3172,17 @@ private:
         queue_ = {Fd(fds[0]), Fd(fds[1])};
         for (const int fd : fds) { set_flags(fd, true); }
         if (Error error = make_pipe(g_self_pipe, true)) { return error; }
-        set_signals({SIGUSR2}, SIG_IGN);
-        set_signals(
-            {SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGCHLD, SIGUSR1, SIGWINCH},
-            on_signal);
+        set_signals({SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGCHLD, SIGUSR1, SIGUSR2,
+                     SIGWINCH},
+                    on_signal);
         return {};
     }
 
     void handle_signal(int number) {
         static constexpr std::pair<int, const char*> kNames[] = {
-            {SIGHUP, "hup"},   {SIGINT, "int"},   {SIGQUIT, "quit"}, {SIGTERM, "term"},
-            {SIGTTIN, "ttin"}, {SIGTTOU, "ttou"}, {SIGUSR1, "usr1"}, {SIGWINCH, "winch"}};
+            {SIGHUP, "hup"},   {SIGINT, "int"},   {SIGQUIT, "quit"},
+            {SIGTERM, "term"}, {SIGTTIN, "ttin"}, {SIGTTOU, "ttou"},
+            {SIGUSR1, "usr1"}, {SIGUSR2, "usr2"}, {SIGWINCH, "winch"}};
         for (const auto& [each, name] : kNames) {
             if (each == number) { log(Level::Info, string("Handling signal: ") + name); }
         }
@@ -3104,6 +3190,7 @@ private:
         if (number == SIGTERM && !stopping_) { halt(SIGUSR2); }
         if (number == SIGINT || number == SIGQUIT) { halt(SIGQUIT); }
         if (number == SIGUSR1) { handle_usr1(); }
+        if (number == SIGUSR2 && !stopping_) { handle_usr2(); }
         if (number == SIGWINCH && config_.daemon) { paused_ = true; }
         if (number == SIGTTIN) { ++num_workers_; }
         if (number == SIGTTOU) { num_workers_ = std::max(1, num_workers_ - 1); }
@@ -3115,9 +3202,63 @@ private:
         for (const WorkerInfo& worker : workers_) { ::kill(worker.pid, SIGUSR1); }
     }
 
+    bool has_old_master() const { return old_master_ > 0 && ::getppid() == old_master_; }
+
+    /// Upgrade: starts the program, as it is on disk now, as another master with our sockets.
+    /// TERM to either leaves the other serving.
+    void handle_usr2() {
+        if (reexec_pid_ > 0 || has_old_master()) {
+            return log(Level::Warning, "No upgrade: one goes on already");
+        }
+        block_signals(true);
+        const pid_t pid = ::fork();
+        if (pid == 0) { reexec(); }
+        block_signals(false);
+        if (pid < 0) { return log(Level::Error, os_error("cannot fork").text); }
+        reexec_pid_ = pid;
+    }
+
+    /// In the forked child: sockets as systemd hands them over, and all else as it was at the
+    /// start.
+    [[noreturn]] void reexec() {
+        for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
+        block_signals(false);
+        const int count = static_cast<int>(listeners_.size());
+        for (Listener& each : listeners_) {  // first out of the way, then into their places
+            each.fd.reset(::fcntl(each.fd.get(), F_DUPFD_CLOEXEC, 3 + count));
+        }
+        for (int i = 0; i < count; ++i) {
+            ::dup2(listeners_[static_cast<size_t>(i)].fd.get(), 3 + i);
+        }
+        ::setenv("LISTEN_FDS", to_string(count).c_str(), 1);
+        ::setenv("LISTEN_PID", to_string(::getpid()).c_str(), 1);
+        ::setenv("SERVER_UPGRADE", to_string(::getppid()).c_str(), 1);
+        if (!config_.notify_socket.empty()) {
+            ::setenv("NOTIFY_SOCKET", config_.notify_socket.c_str(), 1);
+        }
+        set_soft_limit(files_);
+        (void)!::chdir(config_.directory.c_str());
+        ::execvp(config_.argv[0], config_.argv);
+        log(Level::Error, os_error("cannot start the new master").text);
+        ::_exit(kWorkerBootError);
+    }
+
+    /// The old master has gone: this is the master now.
+    void maybe_promote_master() {
+        if (old_master_ == 0 || has_old_master()) { return; }
+        old_master_ = 0;
+        log(Level::Info, "Master has been promoted.");
+        if (config_.pidfile.empty()) { return; }
+        (void)::rename(pidfile_.c_str(), config_.pidfile.c_str());
+        pidfile_ = config_.pidfile;
+    }
+
     /// SIGUSR2: workers finish what they have. SIGQUIT, also later: they leave at once.
     void halt(int number) {
-        if (!std::exchange(stopping_, true)) { notify_systemd(config_, "STOPPING=1"); }
+        if (!std::exchange(stopping_, true) && !has_old_master()) {
+            const string heir = "MAINPID=" + to_string(reexec_pid_);
+            notify_systemd(config_, reexec_pid_ > 0 ? heir : "STOPPING=1");
+        }
         for (Listener& each : listeners_) { each.fd.reset(); }
         for (WorkerInfo& worker : workers_) { stop_worker(worker, number); }
     }
@@ -3182,6 +3323,11 @@ private:
     void reap_workers() {
         int status = 0;
         for (pid_t pid; (pid = ::waitpid(-1, &status, WNOHANG)) > 0;) {
+            if (pid == reexec_pid_) {
+                reexec_pid_ = 0;
+                log(Level::Warning,
+                    "The new master (pid:" + to_string(pid) + ") " + exit_text(status));
+            }
             const auto found = std::find_if(workers_.begin(), workers_.end(),
                                             [pid](const WorkerInfo& w) { return w.pid == pid; });
             if (found == workers_.end()) { continue; }
@@ -3268,10 +3414,12 @@ private:
     const Config& config_;
     std::vector<Listener> listeners_;
     const rlim_t files_;
+    string pidfile_;
     Pair queue_;
     std::vector<WorkerInfo> workers_;
     int num_workers_;
-    int generation_ = 0, newest_ = 0;  // the one that serves; the one last tried
+    pid_t old_master_, reexec_pid_ = 0;  // another master that lives: our parent, or our child
+    int generation_ = 0, newest_ = 0;    // the one that serves; the one last tried
     pid_t canary_ = -1;
     int failures_ = 0, status_ = 0;
     bool stopping_ = false, ever_booted_ = false, aborting_ = false;
@@ -3295,29 +3443,27 @@ Error apply(Config& config, rlim_t& files) {
         const char* value = std::getenv(name);
         return string(value != nullptr ? value : "");
     };
+    if (config.proc_name.empty()) { config.proc_name = config.app; }
     int64_t inherited = 0;
     config.notify_socket = variable("NOTIFY_SOCKET");
     if (variable("LISTEN_PID") == to_string(::getpid()) &&
         parse_number(variable("LISTEN_FDS"), inherited)) {
         config.inherited = static_cast<int>(std::min<int64_t>(inherited, 64));
     }
-    for (const char* name : {"LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID",
-                             "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
+    if (variable("SERVER_UPGRADE") == to_string(::getppid())) { config.old_master = ::getppid(); }
+    for (const char* name : {"SERVER_UPGRADE", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
+                             "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
         ::unsetenv(name);  // what is between systemd and this server
     }
     for (const string& pair : config.raw_env) {
         const size_t equals = pair.find('=');
         ::setenv(pair.substr(0, equals).c_str(), pair.c_str() + equals + 1, 1);
     }
-    struct rlimit limit {};
-    ::getrlimit(RLIMIT_NOFILE, &limit);
-    files = std::exchange(limit.rlim_cur, std::min<rlim_t>(limit.rlim_max, 4 * FD_SETSIZE));
-    ::setrlimit(RLIMIT_NOFILE, &limit);
+    files = set_soft_limit(4 * FD_SETSIZE);
+    const rlim_t limit = set_soft_limit(4 * FD_SETSIZE);
     const int others = 20 + static_cast<int>(config.bind.size());  // that select() sees
-    int most = static_cast<int>(std::min<rlim_t>(limit.rlim_cur, FD_SETSIZE)) - others;
-    if (limit.rlim_cur < 2 * FD_SETSIZE) {
-        most = std::max(1, (most - 12) / 2);
-    }                                     // shared with files
+    int most = static_cast<int>(std::min<rlim_t>(limit, FD_SETSIZE)) - others;
+    if (limit < 2 * FD_SETSIZE) { most = std::max(1, (most - 12) / 2); }  // shared with files
     if (config.worker_tmp_dir.empty()) {  // a disk that stalls must not look like a dead worker
         const bool shm = ::access("/dev/shm", W_OK | X_OK) == 0;
         config.worker_tmp_dir = shm ? "/dev/shm" : temp_dir();
@@ -3325,7 +3471,7 @@ Error apply(Config& config, rlim_t& files) {
     Fd probe;
     if (Error error = make_temp_file(config.worker_tmp_dir, probe)) { return error; }
     if (Error error = resolve_user(config)) { return error; }
-    if (Error error = check_pidfile(config.pidfile)) { return error; }
+    if (Error error = check_pidfile(own_pidfile(config))) { return error; }
     char cwd[PATH_MAX] = ".";
     const bool relative = config.errorlog != "-" && config.errorlog.substr(0, 1) != "/";
     if (relative && !config.errorlog.empty() && ::getcwd(cwd, sizeof cwd) != nullptr) {
@@ -3362,7 +3508,12 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
         if (Error error = parse_address(text, addresses.emplace_back())) { return error; }
     }
     for (int fd = 3; fd < 3 + config.inherited; ++fd) {
-        if (Error error = describe(Fd(fd), listeners.emplace_back())) { return error; }
+        Listener& made = listeners.emplace_back();
+        if (Error error = describe(Fd(fd), made)) { return error; }
+        for (const Address& address : addresses) {  // of the old master, which passes the duty on
+            const bool same = !address.path.empty() && made.text == "unix:" + address.path;
+            if (config.old_master > 0 && same) { own_path(made); }
+        }
     }
     for (const Address& address : addresses) {
         if (config.check_config || config.inherited > 0) { break; }
@@ -3381,6 +3532,9 @@ int main(int argc, char** argv) {
     set_signals({SIGPIPE, SIGXFSZ}, SIG_IGN);
     g_log.error_file.reset(::fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3));
     Config config;
+    char directory[PATH_MAX];
+    config.directory = ::getcwd(directory, sizeof directory) != nullptr ? directory : "/";
+    config.argv = argv;
     std::vector<Listener> listeners;
     rlim_t files = 0;
     Error error = parse_command_line({argv + std::min(argc, 1), argv + argc}, config);
@@ -3389,16 +3543,14 @@ int main(int argc, char** argv) {
     if (!error && config.print_config) { return print_config(config), 0; }
     if (!error) { error = apply(config, files); }
     if (!error) { error = bind_all(config, listeners); }
+    if (!error && config.check_config) { return check_app(config, files); }
+    if (!error && config.daemon && config.old_master == 0) { error = daemonize(config); }
+    if (!error) { error = write_pidfile(own_pidfile(config)); }
     if (error) {
-        unlink_sockets(listeners);
+        if (config.old_master == 0) { unlink_sockets(listeners); }
+        if (config.errorlog != "-") { log(Level::Critical, error.text); }
         return std::fprintf(stderr, "Error: %s\n", error.text.c_str()), error.code;
     }
-    if (config.check_config) { return check_app(config, files); }
-    if (config.daemon) { error = daemonize(config); }
-    if (!error) { error = write_pidfile(config.pidfile); }
-    if (error) {
-        unlink_sockets(listeners);
-        return log(Level::Critical, error.text), error.code;
-    }
+    make_title_room(config, argc);
     return Arbiter(config, std::move(listeners), files).run();
 }

@@ -356,9 +356,9 @@ struct Server {
     }
 
     /// How many workers say by their heartbeat that they are ready: mode bit 2 of an unlinked file.
-    size_t ready_workers() const {
+    size_t ready_workers(pid_t master = 0) const {
         size_t ready = 0;
-        const string dir_name = "/proc/" + to_string(pid) + "/fd";
+        const string dir_name = "/proc/" + to_string(master > 0 ? master : pid) + "/fd";
         const std::unique_ptr<DIR, int (*)(DIR*)> fds(::opendir(dir_name.c_str()), ::closedir);
         while (const dirent* entry = fds ? ::readdir(fds.get()) : nullptr) {
             struct stat info {};
@@ -5927,7 +5927,7 @@ def app(environ, start_response):
 TEST_CASE("signals that mean nothing to the arbiter do not end it") {
     const Server server(kHello, {"-w", "1"});
     const vector<pid_t> before = server.workers();
-    for (const int number : {SIGUSR2, SIGWINCH}) { server.signal(number); }
+    server.signal(SIGWINCH);
     server.signal(SIGTTIN);
     CHECK(server.log_has("Handling signal: ttin"));
     CHECK(get(server).status == 200);
@@ -6774,6 +6774,193 @@ atexit.register(mark, "left")
     CHECK(server.workers() == workers);
 }
 
+/// The masters that an upgrade of this server has started.
+vector<pid_t> masters_of(const Server& server) {
+    vector<pid_t> found;
+    for (const pid_t pid : server.children(server.pid)) {
+        if (contains(read_file("/proc/" + to_string(pid) + "/cmdline"), ": master [")) {
+            found.push_back(pid);
+        }
+    }
+    return found;
+}
+
+TEST_CASE("ps tells masters from workers, and what a worker is at; the environment is untouched") {
+    const Server server(kTools, {"-w", "1", "-n", "mysite"});
+    const auto shown = [](pid_t pid) { return output_of("ps -o args= -p " + to_string(pid)); };
+    const auto file = [](pid_t pid, const char* name) {
+        return read_file("/proc/" + to_string(pid) + "/" + name);
+    };
+    const pid_t worker = server.workers().at(0), runner = server.runners().at(0);
+    CHECK(wait_for([&] { return shown(worker) == "server: worker [mysite] idle"; }));
+    CHECK(shown(server.pid) == "server: master [mysite]");
+    CHECK(contains(shown(runner), "server: runner [mysite]"));
+    CHECK(file(server.pid, "comm") == "server: master \n");
+    CHECK(file(worker, "comm") == "server: worker \n");
+    CHECK(file(worker, "environ") == file(runner, "environ"));
+    CHECK(contains(file(worker, "environ"), server.mark));
+    Client client(server);
+    client.send("GET /gate?password=x#y HTTP/1.1\r\n\r\n");
+    CHECK(wait_for([&] { return shown(worker) == "server: worker [mysite] GET /gate"; }));
+    write_file(server.dir.path + "/go", "");
+    CHECK(Reply(client.read_all()).body == "through");
+    CHECK(wait_for([&] { return shown(worker) == "server: worker [mysite] idle"; }));
+    const Server plain(kHello, {"-w", "1", "-e", "LONG=" + string(500, 'x')});
+    CHECK(wait_for([&] { return shown(plain.pid) == "server: master [app:app]"; }));
+}
+
+TEST_CASE("USR2 starts a new master beside the old: either may stop, and the other serves") {
+    const TempDir dir;
+    const string pidfile = dir.path + "/pid", path = dir.path + "/s";
+    Server server(kHello, {"-p", pidfile, "-b", "unix:" + path, "-b", "127.0.0.1:0"});
+    const auto upgrade = [&] {
+        server.signal(SIGUSR2);
+        REQUIRE(wait_for([&] { return exists(pidfile + ".2"); }));
+        const pid_t heir = read_pidfile(pidfile + ".2");
+        REQUIRE(wait_for([&] { return server.ready_workers(heir) == 2; }));
+        CHECK(masters_of(server) == vector<pid_t>{heir});
+        return heir;
+    };
+    const auto serves = [&] {
+        CHECK(exchange(Client(path), get_bytes("/")).body == "hello\n");
+        CHECK(request(server.port(), get_bytes("/")).body == "hello\n");
+    };
+    const pid_t first = upgrade();
+    CHECK(read_pidfile(pidfile) == server.pid);
+    server.signal(SIGUSR2);  // one at a time, and not from the new one
+    ::kill(first, SIGUSR2);
+    CHECK(wait_for([&] { return count(server.log(), "No upgrade: one goes on already") == 2; }));
+    serves();
+    ::kill(first, SIGTERM);  // back
+    CHECK(server.log_has("The new master (pid:" + to_string(first) + ") exited with status 0"));
+    CHECK_FALSE(exists(pidfile + ".2"));
+    CHECK(exists(path));
+    serves();
+
+    write_file(server.dir.path + "/app.py", "no python\n");
+    server.signal(SIGUSR2);
+    CHECK(wait_for([&] { return count(server.log(), "The new master (pid:") == 2; }));
+    CHECK(server.children(server.pid).size() == 2);
+    CHECK(exists(path));
+    serves();
+
+    write_file(server.dir.path + "/app.py", kHello);
+    const pid_t second = upgrade();
+    Client half(server);
+    half.send("GET / HT");
+    CHECK(wait_for([&] { return alive(second); }));
+    server.signal(SIGTERM);
+    half.send("TP/1.0\r\n\r\n");
+    CHECK(Reply(half.read_all()).body == "hello\n");
+    CHECK(server.wait_end());
+    CHECK(server.log_has("Master has been promoted."));
+    CHECK(wait_for([&] { return read_pidfile(pidfile) == second; }));
+    CHECK_FALSE(exists(pidfile + ".2"));
+    serves();
+    ::kill(second, SIGUSR2);  // and so on
+    REQUIRE(wait_for([&] { return exists(pidfile + ".2"); }));
+    const pid_t third = read_pidfile(pidfile + ".2");
+    REQUIRE(wait_for([&] { return server.ready_workers(third) == 2; }));
+    ::kill(second, SIGKILL);
+    CHECK(wait_for([&] { return read_pidfile(pidfile) == third; }));
+    serves();
+    ::kill(third, SIGTERM);
+    CHECK(wait_for([&] { return !alive(third); }));
+    CHECK_FALSE(exists(pidfile));
+    CHECK_FALSE(exists(path));
+}
+
+TEST_CASE("a daemon upgrades to a daemon") {
+    const TempDir dir;
+    write_file(dir.path + "/app.py", kHello);
+    const string pidfile = dir.path + "/pid", log = dir.path + "/log";
+    CHECK(run_to_end({"-D", "-p", pidfile, "--chdir", dir.path, "--error-logfile", log, "--python",
+                      "/usr/bin/python3", "-b", "127.0.0.1:0", "app:app"})
+              .code == 0);
+    REQUIRE(wait_for([&] { return contains(read_file(log), "Listening at"); }));
+    const pid_t old = read_pidfile(pidfile);
+    ::kill(old, SIGUSR2);
+    REQUIRE(wait_for([&] { return exists(pidfile + ".2"); }));
+    const pid_t heir = read_pidfile(pidfile + ".2");
+    ::kill(old, SIGWINCH);
+    const auto children = [](pid_t pid) {
+        return output_of("pgrep -P " + to_string(pid) + " | wc -l");
+    };
+    CHECK(wait_for([&] { return children(old) == "1"; }));  // the new master alone
+    ::kill(old, SIGHUP);
+    CHECK(wait_for([&] { return children(old) == "3"; }));
+    ::kill(old, SIGTERM);
+    CHECK(wait_for([&] { return !alive(old) && read_pidfile(pidfile) == heir; }));
+    CHECK(children(heir) == "2");
+    ::kill(heir, SIGTERM);
+    CHECK(wait_for([&] { return !alive(heir); }));
+    CHECK_FALSE(exists(pidfile));
+}
+
+TEST_CASE("reloads, upgrades, more and fewer workers, and a killed one, under load") {
+    // DRILL_SECONDS=20 stretches what happens in five seconds here.
+    const char* given = std::getenv("DRILL_SECONDS");
+    const double length = given != nullptr ? std::atof(given) : 5;
+    Server server(kTools + kOnce);
+    REQUIRE(server.wait_ready_workers(2));
+    pid_t master = server.pid;
+    vector<pid_t> killed;
+    const vector<std::pair<double, std::function<void()> > > steps = {
+        {0.05, [&] { ::kill(master, SIGTTIN); }},
+        {0.15, [&] { ::kill(master, SIGHUP); }},
+        {0.35, [&] { ::kill(master, SIGUSR2); }},
+        {0.55,
+         [&] {
+             const vector<pid_t> heirs = masters_of(server);
+             REQUIRE(heirs.size() == 1);
+             REQUIRE(server.wait_ready_workers(2));
+             REQUIRE(server.ready_workers(heirs[0]) == 2);
+             ::kill(master, SIGTERM);
+             master = heirs[0];
+         }},
+        {0.7, [&] { ::kill(master, SIGTTIN); }},
+        {0.8,
+         [&] {
+             killed = server.children(master);
+             killed.resize(1);
+             ::kill(killed[0], SIGKILL);
+         }},
+        {0.9, [&] { ::kill(master, SIGTTOU); }},
+    };
+    const Time start = Clock::now();
+    size_t step = 0;
+    map<string, int> answers = load(server, 4, "/once?", [&] {
+        const double part = seconds_since(start) / length;
+        if (step < steps.size() && part > steps[step].first) { steps[step++].second(); }
+        return part < 1;
+    });
+    CAPTURE(show_answers(answers));
+    CHECK(step == steps.size());
+    CHECK(answers["200 ok"] > 100);
+    const int lost = answers["cut"];  // what the killed worker held
+    CHECK(lost <= 4);
+    answers.erase("cut");
+    CHECK(answers.size() == 1);
+    CHECK(server.wait_end());
+    CHECK(master != server.pid);
+    CHECK(wait_for([&] { return server.children(master).size() == 2; }));
+    ::kill(master, SIGTERM);
+    CHECK(wait_for([&] { return !alive(master); }));
+}
+
+TEST_CASE("the number of workers that TTIN set outlives a reload") {
+    const Server server(kHello, {"-w", "1"});
+    server.signal(SIGTTIN);
+    REQUIRE(server.wait_ready_workers(2));
+    const vector<pid_t> before = server.workers();
+    server.signal(SIGHUP);
+    CHECK(wait_for([&] {
+        const vector<pid_t> now = server.workers();
+        return now.size() == 2 && !has_pid(before, now[0]) && !has_pid(before, now[1]);
+    }));
+    CHECK(server.wait_ready_workers(2));
+}
+
 TEST_CASE("systemd hands over sockets, and hears what goes on") {
     const TempDir dir;
     sockaddr_un name{};
@@ -6831,9 +7018,20 @@ def env(environ, start_response):
     server.signal(SIGHUP);
     CHECK(hear("RELOADING=1"));
     CHECK(hear("READY=1"));  // the old workers go on
+    heard.clear();
+    write_file(server.dir.path + "/app.py", kHello);
+    server.signal(SIGUSR2);
+    CHECK(hear("READY=1"));  // from the new master, which has learnt where to say it
+    const vector<pid_t> heir = masters_of(server);
+    REQUIRE(heir.size() == 1);
+    heard.clear();
     server.signal(SIGTERM);
-    CHECK(hear("STOPPING=1"));
+    CHECK(hear("MAINPID=" + to_string(heir[0])));
     CHECK(server.wait_end());
+    CHECK(server.log_has("promoted"));
+    ::kill(heir[0], SIGTERM);
+    CHECK(hear("STOPPING=1"));
+    CHECK(count(heard, "STOPPING") == 1);
 }
 
 // --- Flask and Django -----------------------------------------------------------------------
