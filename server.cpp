@@ -406,6 +406,8 @@ struct Config {
     string forwarded_allow_ips = "127.0.0.1,::1", proxy_allow_from = "127.0.0.1,::1";
     bool proxy_protocol = false;
     string pidfile, user, group, proc_name;
+    bool reload = false;
+    Strings reload_extra_files;
     int umask = 0;
     uid_t uid = 0;  // what --user and --group mean
     gid_t gid = 0;
@@ -564,6 +566,8 @@ constexpr Option kOptions[] = {
     row<&C::proxy_protocol>(0, "proxy-protocol", nullptr, "take PROXY headers, version 1 or 2"),
     {0, "proxy-allow-from", "IPS", "who may send them: addresses, networks or *",
      set_networks<&C::proxy_allow_from>, get<&C::proxy_allow_from>},
+    row<&C::reload>(0, "reload", nullptr, "reload when a file of the application changes"),
+    row<&C::reload_extra_files>(0, "reload-extra-file", "FILE", "or this one; repeatable"),
     row<&C::daemon>('D', "daemon", nullptr, "go on in the background"),
     row<&C::proc_name>('n', "name", "NAME", "in the titles of processes; else the application"),
     row<&C::pidfile>('p', "pid", "FILE", "write the process number of the arbiter to it"),
@@ -1221,6 +1225,21 @@ enum class Parse { NeedMore, Head, Data, Done, Bad };
 class RequestParser {
 public:
     explicit RequestParser(const Config& config) : config_(config) {}
+
+    /// How far the body has come: all that another parser needs to go on from there.
+    struct Framing {
+        int part, fields;
+        int64_t left;
+        bool chunked;
+    };
+    Framing framing() const { return {static_cast<int>(part_), fields_, left_, request.chunked}; }
+    void resume(const Framing& at) {
+        part_ = static_cast<Part>(at.part);
+        fields_ = at.fields;
+        left_ = at.left;
+        request.chunked = at.chunked;
+    }
+
     Request request;
     Error error;  // after Bad
 
@@ -1804,6 +1823,8 @@ class Slot:
                 environ["wsgi.input"] = io.BufferedReader(body, 65536)
             self.answer(environ, Response(self, body))
             self.pending, self.turn = b"", 1 - self.turn
+            if tell_files:
+                tell_files()
 
     def end(self, response, parts, mark):
         """The last of a response. Once the mark is out the worker fills the pipes again: nothing of
@@ -1838,6 +1859,24 @@ class Slot:
             except Exception:
                 report()
 
+tell_files = None
+
+def watched(fd):
+    """With --reload: writes to a file which files the modules come from, each once."""
+    told, count = set(), 0
+
+    def tell():
+        nonlocal count
+        if count == len(sys.modules):
+            return
+        count = len(sys.modules)
+        for module in list(sys.modules.values()):
+            name = getattr(module, "__file__", None)
+            if name and name not in told:
+                told.add(name)
+                os.write(fd, os.fsencode(name) + b"\0")
+    return tell
+
 def report():
     import traceback  # which takes its time, and is hardly ever wanted
     os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
@@ -1852,7 +1891,8 @@ def reopen(path):
     os.dup2(log, 2)
     os.close(log)
 
-def main(name, paths, software, second):
+def main(name, paths, software, second, files):
+    global tell_files
     faulthandler.enable()  # SIGABRT, and crashes, print the stack of every thread
     high = min(1000, os.sysconf("SC_OPEN_MAX") // 2)
     pipes = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, high) for fd in (0, int(second), 1)]
@@ -1877,6 +1917,10 @@ def main(name, paths, software, second):
     except Exception:
         report()
         sys.exit(4)
+    if files:
+        tell_files = watched(fcntl.fcntl(int(files), fcntl.F_DUPFD_CLOEXEC, high))
+        os.close(int(files))
+        tell_files()
     slot = Slot(pipes[:2], pipes[2], app)
     slot.write([b"0:,"])
     slot.serve({
@@ -1951,6 +1995,8 @@ struct Runner {
     int signal = 0;                 // the last signal that we sent it
     bool dead = false;              // it has ended; what it still said is being read
     int left = 0;                   // requests until its successor is started; 0: no limit
+    Fd files;                       // with --reload: where it writes what files it has loaded
+    std::vector<struct timespec> watched;  // when these were modified
 
     void close_requests() {
         for (Fd* end : {&to[0], &to[1], &back[0], &back[1]}) { end->reset(); }
@@ -1998,8 +2044,12 @@ Error start_runner(const Config& config, Runner& runner, rlim_t files) {
     (void)resize_pipe(replies.first, 1 << 18);
     const bool python = config.runner.empty();
     const int second = requests[1].first.get();
+    if (config.reload) {
+        if (Error error = make_temp_file(config.worker_tmp_dir, runner.files)) { return error; }
+    }
+    const int files_fd = runner.files.get();
     const string settings[] = {config.app, join(config.pythonpath), string("server/") + kVersion,
-                               to_string(second)};
+                               to_string(second), config.reload ? to_string(files_fd) : ""};
     string source = kRunner;
     for (const string& each : settings) { (source += '\0') += each; }
     const string boot = "import sys; b = sys.stdin.buffer.read(" + to_string(source.size()) +
@@ -2009,7 +2059,9 @@ Error start_runner(const Config& config, Runner& runner, rlim_t files) {
     block_signals(true);
     const pid_t pid = ::fork();
     if (pid == 0) {
-        if (python) { ::fcntl(second, F_SETFD, 0); }
+        for (const int fd : {second, files_fd}) {
+            if (python && fd >= 0) { ::fcntl(fd, F_SETFD, 0); }
+        }
         exec_runner(config, requests[0].first, replies.second, boot, worker, files);
     }
     block_signals(false);
@@ -2044,12 +2096,17 @@ enum class State { ReadHead, ReadBody, Ready, Run, Reply, Linger, Done };
 
 /// The part of a connection that goes through the ready queue as it is.
 struct Passport {
-    Time accepted, started;  // connected; the request was complete
-    int64_t stored = 0;      // bytes of the body that are in a file
-    size_t env_size = 0;
+    Time accepted, started;         // connected; the request was complete
+    State state = State::ReadHead;  // a request that is not complete: how far it is,
+    Time deadline{};                // and by when it has to be
+    RequestParser::Framing framing{};
+    int64_t stored = 0;  // bytes of the body that are in a file
+    size_t env_size = 0, in_size = 0;
     int minor = 0;                   // HTTP/1.minor
     bool bodyless = false;           // HEAD, 204, 304: the response has no body
     bool more = false, eof = false;  // the client sent more than its request; half-closed
+    bool silent = true;              // nothing has come
+    bool awaits_proxy = false;       // a PROXY header may come first
 };
 
 struct Connection {
@@ -2059,11 +2116,10 @@ struct Connection {
     Time deadline{};
     Passport pass;
     Endpoints ends;
-    string from;                // the socket's peer, whatever a PROXY header says
-    bool awaits_proxy = false;  // such a header may come first
-    bool silent = true;         // nothing has come
-    bool fresh = true;          // something has happened since the last tick
-    string in;                  // read and not yet understood
+    string from;        // the socket's peer, whatever a PROXY header says
+    bool fresh = true;  // something has happened since the last tick
+    string in;          // read and not yet understood
+    string taken;       // what has been understood of a head that is not complete
     RequestParser parser;
     string env;             // environ block, once the head is complete
     Spool body, out;        // of the request; what the client has not taken yet
@@ -2112,6 +2168,8 @@ ssize_t exchange_message(const Fd& queue, bool send, char* data, size_t size, in
 // ============================================================================
 //  10. Worker: one select loop between clients, the ready queue and the runner
 // ============================================================================
+constexpr char kReload = 127;        // a worker to the arbiter: a file of the application changed
+constexpr auto kGather = 1200ms;     // how long the arbiter waits for more of them
 constexpr auto kTick = 100ms;        // how exact a deadline is
 constexpr auto kColdDelay = 20ms;    // how long select() may leave out who was silent for a tick
 constexpr auto kAcceptDelay = 10ms;  // how long a busy worker leaves connections to idle ones
@@ -2212,7 +2270,7 @@ private:
         listeners_.clear();
         next_tick_ = now_;  // which dismisses the runner if nothing is left to do
         for (const auto& c : connections_) {
-            if (!first || !c || c->state != State::ReadHead || !c->silent) { continue; }
+            if (!first || !c || c->state != State::ReadHead || !c->pass.silent) { continue; }
             c->deadline = std::min(c->deadline, now_ + 1s);  // silent, but perhaps on its way
         }
     }
@@ -2301,7 +2359,10 @@ private:
     /// Whatever has its time.
     void tick() {
         if (::getppid() != arbiter_pid_) { stop(Stop::Now); }
-        if (now_ >= next_notify_) { notify(); }
+        if (now_ >= next_notify_) {
+            notify();
+            if (config_.reload) { watch_files(); }
+        }
         for (const auto& c : connections_) {
             if (!c) { continue; }
             const int fd = c->socket.get();
@@ -2321,6 +2382,7 @@ private:
             if (Error error = boot_runner()) { log(Level::Error, error.text); }
         }
         if (runner_.phase != Phase::Idle) { expire_queue(); }
+        if (stop_ == Stop::Leave) { hand_over_readers(); }
         if (to() && !has_work()) {  // it leaves as any Python program does, or is killed
             dismissed_ = true;
             runner_.close_requests();
@@ -2376,7 +2438,7 @@ private:
     void expire(Connection& c) {
         switch (c.state) {
             case State::ReadHead:
-                if (c.silent) { return set_state(c, State::Done); }
+                if (c.pass.silent) { return set_state(c, State::Done); }
                 return refuse(c, {408, "the head of the request took too long"});
             case State::ReadBody: return refuse(c, {408, "the body of the request stopped coming"});
             case State::Ready: return refuse(c, {503, "no runner was to be had"});
@@ -2433,7 +2495,7 @@ private:
         if (c == nullptr) { return false; }
         address_text(peer, c->ends.peer, c->ends.peer_port);
         c->from = c->ends.peer;
-        c->awaits_proxy = config_.proxy_protocol;
+        c->pass.awaits_proxy = config_.proxy_protocol;
         c->ends.server = listener.host;
         c->ends.server_port = listener.port;
         if (listener.wildcard) {
@@ -2474,7 +2536,7 @@ private:
     bool shed() {
         Connection* victim = find_victim();
         if (victim == nullptr) { return false; }
-        if (victim->state != State::Linger && !victim->silent) {
+        if (victim->state != State::Linger && !victim->pass.silent) {
             refuse(*victim, {503, "too many connections"});
             (void)read_some(victim->socket, buffer_, kPiece);  // unread bytes would reset it
         }
@@ -2488,7 +2550,7 @@ private:
         const ssize_t n = read_some(c.socket, buffer_, kPiece);
         if (n < 0) { return would_block() ? void() : client_gone(c); }
         c.pass.eof = n == 0;  // a half-close: the client still gets its answer
-        c.silent = c.silent && n == 0;
+        c.pass.silent = c.pass.silent && n == 0;
         if (c.state <= State::ReadBody) {
             c.in.append(buffer_, static_cast<size_t>(n));
             return parse(c);
@@ -2502,19 +2564,23 @@ private:
     /// Head and body, as far as they have come.
     void parse(Connection& c) {
         string_view in = c.in, piece;
-        Parse parsed = c.awaits_proxy ? take_proxy(c, in) : Parse::Head;
+        Parse parsed = c.pass.awaits_proxy ? take_proxy(c, in) : Parse::Head;
         const bool started = parsed == Parse::Head;
         while (started &&
                ((parsed = c.parser.next(in, piece)) == Parse::Head || parsed == Parse::Data)) {
             parsed == Parse::Head ? take_head(c, !in.empty()) : c.body.append(piece, kPiece);
             if (c.state != State::ReadBody) { return; }
         }
-        if (parsed != Parse::Bad) { c.in.erase(0, c.in.size() - in.size()); }
+        if (parsed != Parse::Bad) {
+            const size_t used = c.in.size() - in.size();
+            if (c.state == State::ReadHead) { c.taken.append(c.in, 0, used); }
+            c.in.erase(0, used);
+        }
         if (parsed == Parse::Bad) { return refuse(c, c.parser.error); }
         if (too_large(c.body.size())) { return refuse(c, {413, "the body is too large"}); }
         if (c.body.failed()) { return refuse(c, {507, "no room on disk for the body"}); }
         if (parsed == Parse::Done) { return ready(c); }
-        if (c.pass.eof && c.silent) { return set_state(c, State::Done); }
+        if (c.pass.eof && c.pass.silent) { return set_state(c, State::Done); }
         if (c.pass.eof) { return refuse(c, {400, "the request ends early"}); }
         if (c.state == State::ReadBody) { set_state(c, State::ReadBody); }
     }
@@ -2528,8 +2594,10 @@ private:
         }
         if (parsed == Parse::Bad) { c.parser.error = {400, "not a PROXY header"}; }
         if (parsed != Parse::Done) { return parsed; }
-        c.awaits_proxy = false;
-        c.silent = in.empty();  // a proxy that only looks whether somebody is there
+        c.pass.awaits_proxy = false;
+        c.in.erase(0, c.in.size() - in.size());
+        in = c.in;
+        c.pass.silent = in.empty();  // a proxy that only looks whether somebody is there
         return Parse::Head;
     }
 
@@ -2542,6 +2610,7 @@ private:
         if (said && !is_listed(config_.forwarded_allow_ips, c.from)) { scheme = "http"; }
         if (scheme.empty()) { return refuse(c, {400, "contradicting X-Forwarded fields"}); }
         c.env = make_environ(request, c.ends, scheme);
+        c.taken = string();
         set_state(c, State::ReadBody);
         if (too_large(request.length)) { return refuse(c, {413, "the body is too large"}); }
         if (request.expect_continue && !has_more && (request.chunked || request.length > 0)) {
@@ -2617,7 +2686,7 @@ private:
 
     /// A reset or a failed write: nobody is there to be answered.
     void client_gone(Connection& c) {
-        if (c.state != State::Linger && !c.silent) {
+        if (c.state != State::Linger && !c.pass.silent) {
             write_access(c, c.response.status != 0 ? c.response.status : 499);
         }
         if (runner_.current == &c) { abandon(); }
@@ -2648,26 +2717,52 @@ private:
         return std::max(queue_again_, quick);
     }
 
-    /// Sends them to whichever worker has an idle runner first. A head too large for a datagram
-    /// stays, behind the others, and waits for the runner of this worker.
+    /// Sends a connection, with all that is known of it, to whichever worker takes it from the
+    /// queue. False: it stays here.
+    bool send_on(Connection& c) {
+        string block = c.env;
+        if (c.state == State::ReadHead) {
+            const Endpoints& ends = c.ends;
+            add_variable(block, "from", c.from);
+            add_variable(block, "REMOTE_ADDR", ends.peer);
+            add_variable(block, "REMOTE_PORT", ends.peer_port);
+            add_variable(block, "SERVER_NAME", ends.server);
+            add_variable(block, "SERVER_PORT", ends.server_port);
+        }
+        Passport& pass = c.pass;
+        pass.state = c.state;
+        pass.deadline = c.deadline;
+        pass.framing = c.parser.framing();
+        pass.stored = c.body.stored();
+        pass.env_size = block.size();
+        pass.in_size = c.taken.size() + c.in.size();
+        string message(reinterpret_cast<const char*>(&pass), sizeof pass);
+        (((message += block) += c.taken) += c.in) += c.body.newest();
+        const int socket = c.socket.get(), file = c.body.file().get();
+        int fds[] = {socket, file < 0 ? socket : file};  // always two; one may be a mere copy
+        if (exchange_message(queue_.first, true, message.data(), message.size(), fds) < 0) {
+            queue_again_ = now_ + 10ms;
+            return false;
+        }
+        set_state(c, State::Done);
+        settle(c);
+        return true;
+    }
+
+    /// Sends on who waits here for a runner. A head too large for a datagram stays, behind the
+    /// others, and waits for the runner of this worker.
     void pass_on() {
         for (size_t tries = ready_.size(); tries > 0 && now_ >= pass_at(); --tries) {
-            Connection& c = *ready_.front();
-            c.pass.stored = c.body.stored();
-            c.pass.env_size = c.env.size();
-            string message(reinterpret_cast<const char*>(&c.pass), sizeof c.pass);
-            (message += c.env) += c.body.newest();
-            const int socket = c.socket.get(), file = c.body.file().get();
-            int fds[] = {socket, file < 0 ? socket : file};  // always two; one may be a mere copy
-            if (exchange_message(queue_.first, true, message.data(), message.size(), fds) >= 0) {
-                set_state(c, State::Done);
-                settle(c);
-                continue;
-            }
-            queue_again_ = now_ + 10ms;
-            if (errno == EMSGSIZE) {
-                std::rotate(ready_.begin(), ready_.begin() + 1, ready_.end());
-            }
+            if (send_on(*ready_.front()) || errno != EMSGSIZE) { continue; }
+            std::rotate(ready_.begin(), ready_.begin() + 1, ready_.end());
+        }
+    }
+
+    /// A worker that leaves while others stay gives them its unfinished requests, too.
+    void hand_over_readers() {
+        for (const auto& c : connections_) {
+            const bool reader = c && c->state <= State::ReadBody && c->out.size() == 0;
+            if (reader && !send_on(*c) && errno != EMSGSIZE) { return; }
         }
     }
 
@@ -2676,34 +2771,56 @@ private:
 
     /// The request that has waited longest in the queue, null if there is none to be had.
     Connection* take_from_queue() {
+        Connection* c = nullptr;
+        while (c == nullptr && takes_from_queue() && receive(c)) {}
+        return c;
+    }
+
+    /// Takes one connection from the queue, false if there is none; `ready`, where it is complete.
+    bool receive(Connection*& ready) {
         // One more than the limit: a descriptor that finds no room is lost with its request.
-        while (takes_from_queue() && (connected_ <= config_.worker_connections || shed())) {
-            int fds[2] = {-1, -1};
-            const ssize_t n = exchange_message(queue_.second, false, buffer_, kMaxMessage, fds);
-            if (n < 0) { return nullptr; }
-            for (const int fd : fds) { set_flags(fd, false); }
-            Fd file(fds[1]);
-            Connection* c = adopt(Fd(fds[0]));
-            if (c == nullptr) { return nullptr; }
-            string_view data(buffer_, static_cast<size_t>(n));
-            std::memcpy(&c->pass, data.data(), sizeof c->pass);
-            data.remove_prefix(sizeof c->pass);
-            c->env = data.substr(0, c->pass.env_size);
-            const bool lost = c->pass.stored > 0 && !file;  // no descriptor was free for it
-            if (!lost && c->pass.stored > 0) {
-                c->body.adopt_file(raise_fd(std::move(file)), c->pass.stored);
-            }
-            c->body.append(data.substr(c->env.size()), data.size());
-            c->ends.peer = lookup(c->env, "REMOTE_ADDR");
-            c->silent = false;
-            set_state(*c, State::Ready);
-            if (config_.timeout > 0s && now_ >= c->pass.started + config_.timeout) { expire(*c); }
-            if (lost) { refuse(*c, {503, "no descriptor for the body"}); }
-            if (c->state == State::Ready && !c->pass.eof) { read_client(*c); }  // has it gone?
-            if (c->state == State::Ready) { return c; }
-            settle(*c);
+        if (connected_ > config_.worker_connections && !shed()) { return false; }
+        int fds[2] = {-1, -1};
+        const ssize_t n = exchange_message(queue_.second, false, buffer_, kMaxMessage, fds);
+        if (n < 0) { return false; }
+        for (const int fd : fds) { set_flags(fd, false); }
+        Fd file(fds[1]);
+        Connection* c = adopt(Fd(fds[0]));
+        if (c == nullptr) { return false; }
+        Passport& pass = c->pass;
+        string_view data(buffer_, static_cast<size_t>(n));
+        std::memcpy(&pass, data.data(), sizeof pass);
+        data.remove_prefix(sizeof pass);
+        c->env = data.substr(0, pass.env_size);
+        c->in = data.substr(pass.env_size, pass.in_size);
+        data.remove_prefix(pass.env_size + pass.in_size);
+        const bool lost = pass.stored > 0 && !file;  // no descriptor was free for it
+        if (!lost && pass.stored > 0) {
+            c->body.adopt_file(raise_fd(std::move(file)), pass.stored);
         }
-        return nullptr;
+        c->body.append(data, data.size());
+        c->ends.peer = lookup(c->env, "REMOTE_ADDR");
+        set_state(*c, pass.state);
+        if (pass.state != State::Ready) { resume(*c); }
+        if (c->deadline <= now_) { expire(*c); }
+        if (lost) { refuse(*c, {503, "no descriptor for the body"}); }
+        if (c->state == State::Ready && !pass.eof) { read_client(*c); }  // has it gone?
+        ready = c->state == State::Ready ? c : nullptr;
+        if (ready == nullptr) { settle(*c); }
+        return true;
+    }
+
+    /// Goes on with a request that another worker has begun to read. Of an incomplete head all
+    /// bytes have come along, and are read again.
+    void resume(Connection& c) {
+        c.deadline = c.pass.deadline;
+        if (c.state == State::ReadBody) { return c.parser.resume(c.pass.framing); }
+        c.ends.peer_port = lookup(c.env, "REMOTE_PORT");
+        c.ends.server = lookup(c.env, "SERVER_NAME");
+        c.ends.server_port = lookup(c.env, "SERVER_PORT");
+        c.from = lookup(c.env, "from");
+        c.env = string();
+        if (!c.in.empty()) { parse(c); }
     }
 
     bool queue_is_empty() const {
@@ -2711,15 +2828,15 @@ private:
         return ::recv(queue_.second.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0;
     }
 
-    /// Answers what has waited in the queue too long while no runner came to take it.
+    /// While the runner is busy: takes out what needs none, requests that are not complete, and
+    /// those that have waited too long.
     void expire_queue() {
         Passport pass;
-        while (config_.timeout > 0s &&
-               ::recv(queue_.second.get(), &pass, sizeof pass, MSG_PEEK | MSG_DONTWAIT) > 0 &&
-               now_ >= pass.started + config_.timeout) {
-            Connection* c = take_from_queue();
-            if (c == nullptr) { return; }
-            ready_.push_back(c);
+        while (::recv(queue_.second.get(), &pass, sizeof pass, MSG_PEEK | MSG_DONTWAIT) > 0 &&
+               (pass.state != State::Ready || now_ >= pass.deadline)) {
+            Connection* c = nullptr;
+            if (!takes_from_queue() || !receive(c)) { return; }
+            if (c != nullptr) { ready_.push_back(c); }
         }
     }
 
@@ -3068,6 +3185,31 @@ private:
         next_tick_ = now_;
     }
 
+    /// With --reload: wakes the arbiter if a file is another than the second before. The runner
+    /// adds names to its list, and never takes one away.
+    void watch_files() {
+        Strings names = config_.reload_extra_files;
+        string list;
+        ssize_t n = 0;
+        while ((n = ::pread(runner_.files.get(), buffer_, kPiece,
+                            static_cast<off_t>(list.size()))) > 0) {
+            list.append(buffer_, static_cast<size_t>(n));
+        }
+        for (string_view rest = list; !rest.empty();) { names.emplace_back(cut(rest, '\0')); }
+        string changed;
+        for (size_t i = 0; i < names.size(); ++i) {
+            struct stat info {};
+            if (::stat(names[i].c_str(), &info) < 0) { continue; }  // an editor replaces it
+            if (i >= runner_.watched.size()) { runner_.watched.resize(i + 1, info.st_mtim); }
+            struct timespec& modified = runner_.watched[i];
+            if (std::memcmp(&modified, &info.st_mtim, sizeof modified) != 0) { changed = names[i]; }
+            modified = info.st_mtim;
+        }
+        if (changed.empty()) { return; }
+        log(Level::Info, "Worker reloading: " + changed + " modified");
+        (void)write_some(arbiter_, string_view(&kReload, 1));
+    }
+
     Error boot_runner() {
         restart_at_ = now_ + 1s;  // should it fail
         runner_ = std::exchange(successor_, Runner());
@@ -3140,8 +3282,9 @@ public:
             fd_set reads{}, writes{};
             FD_SET(g_self_pipe.first.get(), &reads);
             const Time until = now_ + (stopping_ || aborting_ ? kTick : 1000ms);
-            wait_ready(g_self_pipe.first.get(), reads, writes,
-                       spawn_again_ > now_ ? std::min(until, spawn_again_) : until);
+            wait_ready(
+                g_self_pipe.first.get(), reads, writes,
+                spawn_again_ > now_ ? std::min(until, spawn_again_) : std::min(until, reload_at_));
             const Time before = std::exchange(now_, Clock::now());
             if (now_ > before + 1500ms) {  // we were stopped: silence of the workers proves nothing
                 for (WorkerInfo& worker : workers_) { worker.last_change = now_; }
@@ -3149,6 +3292,7 @@ public:
             for (int number; (number = next_signal()) >= 0;) { handle_signal(number); }
             reap_workers();
             murder_workers();
+            if (now_ >= reload_at_ && !stopping_) { handle_hup(); }
             maybe_promote_master();
         }
         reap_workers();
@@ -3179,6 +3323,7 @@ private:
     }
 
     void handle_signal(int number) {
+        if (number == kReload) { reload_at_ = std::min(reload_at_, now_ + kGather); }
         static constexpr std::pair<int, const char*> kNames[] = {
             {SIGHUP, "hup"},   {SIGINT, "int"},   {SIGQUIT, "quit"},
             {SIGTERM, "term"}, {SIGTTIN, "ttin"}, {SIGTTOU, "ttou"},
@@ -3276,6 +3421,7 @@ private:
         log(Level::Info, "Hang up: Master");
         const auto now = std::chrono::duration_cast<microseconds>(now_.time_since_epoch());
         notify_systemd(config_, "RELOADING=1\nMONOTONIC_USEC=" + to_string(now.count()));
+        reload_at_ = Time::max();
         tell_ready_ = true;
         paused_ = false;
         if (Error error = open_own_logs(config_)) { log(Level::Error, error.text); }
@@ -3425,7 +3571,7 @@ private:
     bool stopping_ = false, ever_booted_ = false, aborting_ = false;
     bool paused_ = false;     // by WINCH: no workers
     bool tell_ready_ = true;  // systemd waits to hear that we are
-    Time now_ = Clock::now(), spawn_again_ = now_;
+    Time now_ = Clock::now(), spawn_again_ = now_, reload_at_ = Time::max();
     string reason_;
 };
 
@@ -3544,11 +3690,15 @@ int main(int argc, char** argv) {
     if (!error) { error = apply(config, files); }
     if (!error) { error = bind_all(config, listeners); }
     if (!error && config.check_config) { return check_app(config, files); }
-    if (!error && config.daemon && config.old_master == 0) { error = daemonize(config); }
+    bool detached = config.daemon && config.old_master > 0;
+    if (!error && config.daemon && !detached) {
+        error = daemonize(config);
+        detached = true;
+    }
     if (!error) { error = write_pidfile(own_pidfile(config)); }
     if (error) {
         if (config.old_master == 0) { unlink_sockets(listeners); }
-        if (config.errorlog != "-") { log(Level::Critical, error.text); }
+        if (detached) { log(Level::Critical, error.text); }
         return std::fprintf(stderr, "Error: %s\n", error.text.c_str()), error.code;
     }
     make_title_room(config, argc);

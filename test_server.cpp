@@ -1601,6 +1601,9 @@ TEST_CASE("an option takes its value in every usual form") {
                                         {"max-requests", "7"},
                                         {"max-requests-jitter", "7"},
                                         {"forwarded-allow-ips", "*"},
+                                        {"proxy-allow-from", "10.0.0.0/8,::1"},
+                                        {"name", "x"},
+                                        {"reload-extra-file", "/x"},
                                         {"pid", "/x"},
                                         {"user", "x"},
                                         {"group", "x"},
@@ -6946,6 +6949,322 @@ TEST_CASE("reloads, upgrades, more and fewer workers, and a killed one, under lo
     CHECK(wait_for([&] { return server.children(master).size() == 2; }));
     ::kill(master, SIGTERM);
     CHECK(wait_for([&] { return !alive(master); }));
+}
+
+/// Bytes that have come for the connections to a port of this machine, and nobody has read.
+size_t unread(int port) {
+    std::istringstream lines(read_file("/proc/net/tcp"));
+    string line;
+    size_t bytes = 0;
+    while (std::getline(lines, line)) {
+        unsigned local = 0, state = 0, queued = 0;
+        const char* format = "%*d: %*x:%x %*x:%*x %x %*x:%x";
+        const bool known = std::sscanf(line.c_str(), format, &local, &state, &queued) == 3;
+        if (known && local == static_cast<unsigned>(port) && state == 1) { bytes += queued; }
+    }
+    return bytes;
+}
+
+TEST_CASE("old workers leave at a reload, and the new ones finish what clients have half sent") {
+    const string app = kTools + R"py(
+import hashlib
+def echo(environ, start_response):
+    body = environ["wsgi.input"].read()
+    return reply(start_response, "%s %s %s %s %d %s" % (
+        version, environ["REMOTE_ADDR"], environ["REQUEST_METHOD"], environ.get("HTTP_X", ""),
+        len(body), hashlib.md5(body).hexdigest()))
+)py";
+    const auto version = [&](int n) { return app + "version = 'v" + to_string(n) + "'\n"; };
+    Server server(version(1), {"--proxy-protocol", "--header-timeout", "4"});
+    REQUIRE(server.wait_ready_workers(2));
+    const string big(300000, 'b');
+    const auto md5 = [](const string& data) {
+        const TempDir dir;
+        write_file(dir.path + "/data", data);
+        return output_of("md5sum <" + dir.path + "/data | cut -d' ' -f1");
+    };
+    const string chunked = "POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n";
+    const string length = "POST /echo HTTP/1.1\r\nContent-Length: ";
+    const struct {
+        string first, rest, expected;
+    } cases[] = {
+        {"", get_bytes("/echo"), "127.0.0.1 GET  0 " + md5("")},
+        {"\r\nGE", "T /echo HTTP/1.1\r\nX: y\r\n\r\n", "127.0.0.1 GET y 0 " + md5("")},
+        {"GET /echo HTTP/1.1\r\nX: y\r\nX: z", "z\r\n\r\n", "127.0.0.1 GET y,zz 0 " + md5("")},
+        {"PROXY TCP4 10.1.2.3 127.0.0.1 1 2\r\nGET /ec", "ho HTTP/1.1\r\n\r\n",
+         "10.1.2.3 GET  0 " + md5("")},
+        {"PROXY TCP4 10.1.2.3 127.", "0.0.1 1 2\r\nGET /echo HTTP/1.1\r\n\r\n",
+         "10.1.2.3 GET  0 " + md5("")},
+        {length + "3\r\n\r\n", "abc", "127.0.0.1 POST  3 " + md5("abc")},
+        {length + "3\r\n\r\na", "bc", "127.0.0.1 POST  3 " + md5("abc")},
+        {length + "300000\r\n\r\n" + big.substr(1), "b", "127.0.0.1 POST  300000 " + md5(big)},
+        {chunked + "3\r\nab", "c\r\n0\r\n\r\n", "127.0.0.1 POST  3 " + md5("abc")},
+        {chunked + "3\r\nabc\r", "\n1\r\nd\r\n0\r\n\r\n", "127.0.0.1 POST  4 " + md5("abcd")},
+        {chunked + "3\r\nabc\r\n1;x", "=y\r\nd\r\n0\r\n\r\n", "127.0.0.1 POST  4 " + md5("abcd")},
+        {chunked + "3\r\nabc\r\n0\r\nT", ": x\r\n\r\n", "127.0.0.1 POST  3 " + md5("abc")},
+    };
+    vector<Client> clients;
+    for (const auto& row : cases) {
+        clients.emplace_back(server);
+        clients.back().send(row.first);
+    }
+    Client late(server);
+    late.send("GET /echo HT");
+    const Time begun = Clock::now();
+    CHECK(wait_for([&] { return unread(server.port()) == 0; }));
+    for (int generation = 2; generation <= 3; ++generation) {  // the second time one goes on twice
+        const vector<pid_t> before = server.workers();
+        write_file(server.dir.path + "/app.py", version(generation));
+        server.signal(SIGHUP);
+        CHECK(wait_for(
+            [&] {
+                const vector<pid_t> now = server.workers();
+                return now.size() == 2 && !has_pid(before, now[0]) && !has_pid(before, now[1]);
+            },
+            3s));
+    }
+    CHECK(seconds_since(begun) < 3.5);  // nobody waited for the header timeout
+    for (size_t i = 0; i < clients.size(); ++i) {
+        CAPTURE(cases[i].first.substr(0, 100));
+        clients[i].send(cases[i].rest);
+        CHECK(Reply(clients[i].read_all()).body == "v3 " + cases[i].expected);
+    }
+    CHECK(Reply(late.read_all()).status == 408);  // its clock went on
+    CHECK(seconds_since(begun) > 3.5);
+    CHECK(seconds_since(begun) < 4.5);
+}
+
+TEST_CASE("a worker takes over unfinished requests though its runner is busy") {
+    Server server(kTools, {"--header-timeout", "2"});
+    REQUIRE(server.wait_ready_workers(2));
+    vector<Client> halves;
+    for (int i = 0; i < 8; ++i) {  // some to either worker
+        halves.emplace_back(server);
+        halves.back().send("GET /hel");
+    }
+    Client busy(server);
+    busy.send(get_bytes("/gate"));
+    CHECK(wait_for([&] { return exists(server.dir.path + "/at_gate"); }));
+    server.signal(SIGTTOU);  // one of them leaves: the busy one, or the other
+    write_file(server.dir.path + "/go", "");
+    CHECK(Reply(busy.read_all()).body == "through");
+    for (Client& half : halves) {
+        half.send("lo HTTP/1.1\r\n\r\n");
+        CHECK(Reply(half.read_all()).body == "hello");
+    }
+    CHECK(wait_for([&] { return server.workers().size() == 1; }));
+}
+
+TEST_CASE("with --reload a change of a file that the application has loaded is a reload") {
+    const auto version = [](const string& name, int n) {
+        return name + " = '" + to_string(n) + "'\n" + string(static_cast<size_t>(n), '#') + "\n";
+    };
+    const string app = kTools + R"py(
+sys.dont_write_bytecode = True
+import early
+def versions(environ, start_response):
+    import late
+    return reply(start_response, "%s %s %s" % (early.early, late.late, open("extra").read()))
+)py";
+    const TempDir dir;
+    write_file(dir.path + "/early.py", version("early", 1));
+    write_file(dir.path + "/late.py", version("late", 1));
+    write_file(dir.path + "/extra", "1");
+    Server server(app,
+                  {"--reload", "--reload-extra-file", dir.path + "/extra", "--pythonpath", dir.path,
+                   "-t", "1"},
+                  {}, false);
+    REQUIRE(server.wait_ready_workers(2));
+    write_file(server.dir.path + "/extra", "-");
+    const auto hups = [&] { return count(server.log(), "Hang up: Master"); };
+    const auto becomes = [&](const string& body) {
+        return wait_for([&] { return get(server, "/versions").body == body; }, 8s);
+    };
+    CHECK(becomes("1 1 -"));
+    CHECK(hups() == 0);
+    const auto settle = [&] {  // until the new workers have looked at all files once
+        vector<pid_t> before = server.workers();
+        ::poll(nullptr, 0, 700);
+        return server.workers() == before && before.size() == 2;
+    };
+    CHECK(wait_for(settle, 10s));
+    write_file(dir.path + "/early.py", version("early", 2));
+    CHECK(becomes("2 1 -"));
+    CHECK(wait_for(settle, 10s));
+    CHECK(hups() == 1);  // one, though both workers saw it
+    CHECK(contains(server.log(), "Worker reloading: " + dir.path + "/early.py modified"));
+    CHECK(get(server, "/versions").status == 200);
+    for (int i = 0; i < 20; ++i) { get(server, "/versions"); }  // both runners have loaded it
+    CHECK(wait_for(settle, 10s));
+    write_file(dir.path + "/late.py", version("late", 2));
+    CHECK(becomes("2 2 -"));
+    CHECK(wait_for(settle, 10s));
+    CHECK(hups() == 2);
+    write_file(dir.path + "/extra", "22");
+    CHECK(wait_for([&] { return hups() == 3; }));
+    CHECK(wait_for(settle, 10s));
+    write_file(dir.path + "/early.py", "no python\n");  // the old workers go on, and watch on
+    CHECK(server.log_has("Reload failed"));
+    CHECK(get(server, "/versions").body == "2 2 -");
+    write_file(dir.path + "/early.py", version("early", 3));
+    CHECK(becomes("3 2 -"));
+}
+
+// --- what stands before the server: nginx, HAProxy, systemd ---------------------------------
+// Their parts of the configuration are those of README.md, with other addresses.
+
+bool have(const char* program) {
+    return std::system((string("command -v ") + program + " >/dev/null 2>&1").c_str()) == 0;
+}
+
+/// The n-th block of code in README.md in this language.
+string readme_block(const string& language, size_t n = 0) {
+    const string readme = read_file("README.md"), fence = "```" + language + "\n";
+    size_t at = readme.find(fence);
+    while (at != string::npos && n-- > 0) { at = readme.find(fence, at + 1); }
+    REQUIRE(at != string::npos);
+    at += fence.size();
+    return readme.substr(at, readme.find("```", at) - at);
+}
+
+string replaced(string text, const string& from, const string& to) {
+    REQUIRE(contains(text, from));
+    for (size_t at = 0; (at = text.find(from, at)) != string::npos; at += to.size()) {
+        text.replace(at, from.size(), to);
+    }
+    return text;
+}
+
+/// A program that runs beside the server until the end of the test.
+struct Program {
+    pid_t pid;
+    explicit Program(vector<string> words, const std::function<void()>& before = nullptr) {
+        pid = ::fork();
+        if (pid == 0) {
+            const int null = ::open("/dev/null", O_WRONLY);
+            for (const int fd : {1, 2}) { ::dup2(null, fd); }
+            if (before) { before(); }
+            vector<char*> argv;
+            for (string& word : words) { argv.push_back(word.data()); }
+            argv.push_back(nullptr);
+            ::execvp(argv[0], argv.data());
+            ::_exit(127);
+        }
+    }
+    ~Program() {
+        int status = 0;
+        ::kill(pid, SIGTERM);
+        const bool ended = wait_for([&] { return ::waitpid(pid, &status, WNOHANG) == pid; });
+        CHECK(ended);
+        if (ended) { return; }
+        ::kill(pid, SIGKILL);
+        ::waitpid(pid, &status, 0);
+    }
+};
+
+bool listens(const string& path) {
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    path.copy(name.sun_path, sizeof name.sun_path - 1);
+    const Fd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    return ::connect(fd.get(), reinterpret_cast<sockaddr*>(&name), sizeof name) == 0;
+}
+
+TEST_CASE("behind nginx: over TCP and a unix socket, HTTP/1.0 and 1.1" *
+          doctest::skip(!have("nginx"))) {
+    const TempDir dir;
+    const string back = dir.path + "/back", big(3000000, 'b');
+    const Server server(kProbe, {"-b", "unix:" + back, "-b", "127.0.0.1:0"});
+    const string block = readme_block("nginx");
+    size_t n = 0;
+    for (const string& upstream : {"unix:" + back, "127.0.0.1:" + to_string(server.port())}) {
+        for (const string& version : {"1.0"s, "1.1"s}) {
+            CAPTURE(upstream);
+            CAPTURE(version);
+            const string front = dir.path + "/front" + to_string(++n);
+            string paths;
+            for (const char* kind : {"client_body", "proxy", "fastcgi", "uwsgi", "scgi"}) {
+                paths += string(kind) + "_temp_path " + dir.path + "/" + kind + ";\n";
+            }
+            write_file(dir.path + "/conf",
+                       "daemon off; master_process off; error_log " + dir.path + "/log; pid " +
+                           dir.path + "/pid; events {} http { access_log off; " + paths +
+                           "client_max_body_size 0; proxy_http_version " + version +
+                           "; server { listen unix:" + front + "; " +
+                           replaced(block, "unix:/run/mysite.sock", upstream) + "} }");
+            const Program nginx({"nginx", "-e", dir.path + "/log", "-c", dir.path + "/conf"});
+            REQUIRE_MESSAGE(wait_for([&] { return listens(front); }), read_file(dir.path + "/log"));
+            const auto through = [&](const string& bytes) {
+                Client client(front);
+                client.send(bytes);
+                return Reply(client.read_all());
+            };
+            const string fields = "Connection: close\r\n";
+            const Reply plain = through(http("GET /a%20b?c", fields));
+            CHECK(plain.status == 200);
+            CHECK(has_line(plain.body, "PATH_INFO=/a b"));
+            CHECK(has_line(plain.body, "HTTP_HOST=x"));
+            CHECK(has_line(plain.body, "HTTP_X_FORWARDED_PROTO=http"));
+            CHECK(has_line(plain.body, "wsgi.url_scheme=http"));
+            CHECK(has_line(plain.body, "SERVER_PROTOCOL=HTTP/" + version));
+            const Reply posted = through(sized("POST /", big, fields));
+            CHECK(posted.status == 200);
+            CHECK(contains(posted.body, "\nbody=" + big + "\n"));
+            CHECK(through(http("HEAD /", fields)).body == "");
+        }
+    }
+    CHECK_FALSE(contains(server.log(), "[WARNING]"));
+    CHECK_FALSE(contains(server.log(), "[ERROR]"));
+}
+
+TEST_CASE("behind HAProxy: send-proxy, send-proxy-v2, and its health checks" *
+          doctest::skip(!have("haproxy"))) {
+    const TempDir dir;
+    const Server server(kProbe, {"--proxy-protocol"});
+    const string block = replaced(readme_block("haproxy"), "127.0.0.1:8000",
+                                  "127.0.0.1:" + to_string(server.port()));
+    for (const string& how : {"send-proxy"s, "send-proxy-v2"s}) {
+        CAPTURE(how);
+        string port;
+        const Fd front = listen_somewhere(port);
+        write_file(dir.path + "/conf",
+                   "global\n stats socket " + dir.path +
+                       "/stats\ndefaults\n mode http\n timeout connect 5s\n timeout client 5s\n"
+                       " timeout server 5s\nfrontend f\n bind fd@100\n default_backend mysite\n" +
+                       replaced(block, "send-proxy-v2", how + " inter 100ms"));
+        const Program haproxy({"haproxy", "-q", "-db", "-f", dir.path + "/conf"},
+                              [&] { ::dup2(front.get(), 100); });
+        const auto checks = [&] { return count(server.access(), "\"OPTIONS /health HTTP/1."); };
+        const size_t before = checks();
+        CHECK(wait_for([&] { return checks() > before + 2; }));
+        CHECK(wait_for([&] { return exists(dir.path + "/stats"); }));
+        Client client(std::atoi(port.c_str()));
+        sockaddr_storage name = socket_name(client.fd.get());
+        string host, own_port;
+        address_text(name, host, own_port);
+        client.send(http("GET /", "Connection: close\r\n"));
+        const Reply reply(client.read_all());
+        CHECK(reply.status == 200);
+        CHECK(has_line(reply.body, "REMOTE_ADDR=127.0.0.1"));
+        CHECK(has_line(reply.body, "REMOTE_PORT=" + own_port));
+    }
+    CHECK_FALSE(contains(server.log(), "[WARNING]"));
+    CHECK_FALSE(contains(server.log(), "[ERROR]"));
+    CHECK_FALSE(contains(server.access(), " 4"s + "00 "));
+}
+
+TEST_CASE("systemd-socket-activate hands over its socket" *
+          doctest::skip(!have("systemd-socket-activate"))) {
+    const TempDir dir;
+    const string path = dir.path + "/s", log = dir.path + "/log";
+    write_file(dir.path + "/app.py", kHello);
+    const char* given = std::getenv("SERVER");
+    const string program = output_of("realpath " + string(given != nullptr ? given : "./server"));
+    const Program activated({"systemd-socket-activate", "-l", path, program, "--chdir", dir.path,
+                             "--python", "/usr/bin/python3", "--error-logfile", log, "app:app"});
+    CHECK(wait_for([&] { return exists(path); }));
+    CHECK(exchange(Client(path), get_bytes("/")).body == "hello\n");
+    CHECK(contains(read_file(log), "Listening at: unix:" + path));
 }
 
 TEST_CASE("the number of workers that TTIN set outlives a reload") {
