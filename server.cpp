@@ -1099,7 +1099,7 @@ void make_title_room(Config& config, int argc) {
     for (int i = 3; i < 52; ++i) { parse_number(cut(line, ' '), fields[i]); }
     const auto field = [&fields](int i) { return static_cast<uint64_t>(fields[i]); };
     const size_t size = 200;
-    char* room = new char[size]();
+    static char* const room = new char[size]();  // from the heap: ps is shown nothing else
     prctl_mm_map map{};
     map.start_code = field(26), map.end_code = field(27), map.start_stack = field(28);
     map.start_data = field(45), map.end_data = field(46), map.start_brk = field(47);
@@ -1107,7 +1107,7 @@ void make_title_room(Config& config, int argc) {
     map.arg_start = reinterpret_cast<uint64_t>(room), map.arg_end = map.arg_start + size;
     map.env_start = field(50), map.env_end = field(51);
     map.exe_fd = static_cast<uint32_t>(-1);
-    if (::prctl(PR_SET_MM, PR_SET_MM_MAP, &map, sizeof map, 0) < 0) { return delete[] room; }
+    if (::prctl(PR_SET_MM, PR_SET_MM_MAP, &map, sizeof map, 0) < 0) { return; }
     config.title = room;
     config.title_size = size;
 #endif
