@@ -12,8 +12,10 @@
 CXX ?= g++
 CXXFLAGS ?= -O2 -g -Wall -Wextra -Wpedantic -Wshadow -Wconversion
 
-# What the code needs, whatever the flags above say.
-BUILD = $(CXX) -std=c++17 -fno-exceptions -fno-rtti $(CPPFLAGS) $(CXXFLAGS)
+# What the code needs, whatever the flags above say. Nothing unwinds: the tables for it would be a
+# tenth of the program.
+BUILD = $(CXX) -std=c++17 -fno-exceptions -fno-rtti -fno-asynchronous-unwind-tables \
+    $(CPPFLAGS) $(CXXFLAGS)
 SANITIZE = -g -fno-omit-frame-pointer -fno-sanitize-recover=undefined -fsanitize=address,undefined
 # The tests are not optimized: they would take longer to build than to run.
 TESTS = $(CXX) -std=c++17 $(CPPFLAGS) $(CXXFLAGS) -O0

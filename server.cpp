@@ -442,6 +442,16 @@ string get(const Config& config) {
     }
 }
 
+/// Reads a whole number from `low` to `high`. A code of 2: it is none; 1: it is another.
+Error read_number(string_view text, int64_t low, int64_t high, int64_t& number) {
+    const string_view digits = text.substr(text.substr(0, 1) == "-" ? 1 : 0);
+    if (digits.empty() || !std::all_of(digits.begin(), digits.end(), is_digit)) {
+        return {2, "'" + string(text) + "' is not a whole number"};
+    }
+    if (parse_number(text, number) && number >= low && number <= high) { return {}; }
+    return {1, string(text) + " is not in " + to_string(low) + " to " + to_string(high)};
+}
+
 /// Sets a string, adds to a list, raises a flag, or reads a number from Low to High.
 template <auto Member, int64_t Low = 0, int64_t High = INT_MAX>
 Error set(Config& config, string_view text) {
@@ -453,14 +463,8 @@ Error set(Config& config, string_view text) {
     } else if constexpr (std::is_same_v<T, bool>) {
         config.*Member = true;
     } else {
-        const string_view digits = text.substr(text.substr(0, 1) == "-" ? 1 : 0);
-        if (digits.empty() || !std::all_of(digits.begin(), digits.end(), is_digit)) {
-            return {2, "'" + string(text) + "' is not a whole number"};
-        }
         int64_t number = 0;
-        if (!parse_number(text, number) || number < Low || number > High) {
-            return {1, string(text) + " is not in " + to_string(Low) + " to " + to_string(High)};
-        }
+        if (Error error = read_number(text, Low, High, number)) { return error; }
         config.*Member = T(number);
     }
     return {};
