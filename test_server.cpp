@@ -7353,6 +7353,188 @@ def env(environ, start_response):
     CHECK(count(heard, "STOPPING") == 1);
 }
 
+// --- the lab: app_example.py ----------------------------------------------------------------
+
+/// A request as a browser or curl on this machine would send it.
+string lab_bytes(const string& method, const string& target, const string& fields = "",
+                 const string& body = "", const string& host = "localhost:8000") {
+    return method + " " + target + " HTTP/1.1\r\nHost: " + host +
+           "\r\nContent-Length: " + to_string(body.size()) + "\r\n" + fields + "\r\n" + body;
+}
+
+Reply lab(const Server& server, const string& method, const string& target,
+          const string& fields = "", const string& body = "") {
+    return request(server.port(), lab_bytes(method, target, fields, body));
+}
+
+/// The number that a JSON text has under a name; -1: none.
+int json_number(const string& text, const string& name) {
+    const size_t at = text.find("\"" + name + "\": ");
+    return at == string::npos ? -1 : std::atoi(text.c_str() + at + name.size() + 4);
+}
+
+int lab_runner(const Server& server) {
+    return json_number(lab(server, "GET", "/whoami").body, "runner");
+}
+
+constexpr const char* kExperiments[] = {"/error", "/crash", "/hang", "/leak", "/upload"};
+
+TEST_CASE("the lab tells which worker and runner answered: as text, as a page, as JSON") {
+    const Server server(read_file("app_example.py"), {"-w", "1"});
+
+    for (const char* accept : {"", "Accept: */*\r\n"}) {
+        const Reply text = lab(server, "GET", "/", accept);
+        CHECK(text.status == 200);
+        CHECK(text.whole);
+        CHECK(text.fields.at("content-type") == "text/plain; charset=utf-8");
+        CHECK_MESSAGE(text.body.compare(0, 14, "Hello, World!\n") == 0, text.body);
+        CHECK_MESSAGE(contains(text.body, "runner " + to_string(lab_runner(server))), text.body);
+    }
+
+    const string browser =
+        "Accept: text/html,*/*;q=0.8\r\nX-Name: \"><script>alert(1)</script>\r\n";
+    const Reply page = lab(server, "GET", "/?<script>alert(2)</script>", browser);
+    CHECK(page.status == 200);
+    CHECK(page.whole);
+    CHECK(page.fields.at("content-type") == "text/html; charset=utf-8");
+    CHECK(contains(page.fields.at("content-security-policy"), "default-src 'none'"));
+    CHECK(contains(page.body, "&lt;script&gt;alert(1)&lt;/script&gt;"));
+    CHECK(!contains(page.body, "<script>alert"));
+    CHECK(!contains(page.body, " disabled>"));
+
+    const Reply head = lab(server, "HEAD", "/", browser);
+    CHECK(head.status == 200);
+    CHECK(head.fields.at("content-type") == page.fields.at("content-type"));
+    CHECK(std::atoi(head.fields.at("content-length").c_str()) > 10000);
+    CHECK(head.body.empty());
+
+    const Reply who = lab(server, "GET", "/whoami");
+    CHECK(who.fields.at("content-type") == "application/json");
+    const vector<pid_t> workers = server.workers(), runners = server.runners();
+    REQUIRE(workers.size() == 1);
+    REQUIRE(runners.size() == 1);
+    CHECK(json_number(who.body, "arbiter") == server.pid);
+    CHECK(json_number(who.body, "worker") == workers[0]);
+    CHECK(json_number(who.body, "runner") == runners[0]);
+    CHECK(json_number(who.body, "size_mib") > 0);
+    if (::access("/proc/thread-self/children", R_OK) == 0) {  // not every kernel has it
+        CHECK_MESSAGE(contains(who.body, "\"tree\": {\"" + to_string(workers[0]) + "\": [" +
+                                             to_string(runners[0]) + "]}"),
+                      who.body);
+    }
+    const int requests = json_number(who.body, "requests");
+    CHECK(json_number(lab(server, "GET", "/whoami?slow").body, "requests") == requests + 1);
+
+    CHECK(lab(server, "GET", "/favicon.ico").status == 404);
+    CHECK(lab(server, "GET", "/favicon.ico").fields.at("content-type") ==
+          "text/plain; charset=utf-8");
+    CHECK(lab(server, "POST", "/whoami").status == 405);
+    CHECK(lab(server, "POST", "/whoami").fields.at("allow") == "GET, HEAD");
+
+    Client client(server);
+    client.send(lab_bytes("GET", "/stream"));
+    string text = client.read_until([](const string& t) { return contains(t, "line 1 of 10\n"); });
+    CHECK(!contains(text, "line 10 of 10\n"));
+    text += client.read_all();
+    CHECK(Reply(text).whole);
+    CHECK(count(Reply(text).body, " of 10\n") == 10);
+}
+
+TEST_CASE("the lab's experiments take POST, no other site's pages, and visitors of this machine") {
+    struct Row {
+        const char *host, *fields;
+    };
+    const Row refused[] = {
+        {"localhost", "Origin: http://example.org\r\n"},
+        {"localhost", "Origin: null\r\n"},
+        {"localhost", "Origin: http://localhost:8000\r\n"},
+        {"localhost", "Sec-Fetch-Site: cross-site\r\n"},
+        {"localhost", "Sec-Fetch-Site: same-site\r\nOrigin: http://localhost\r\n"},
+        {"localhost", "X-Forwarded-For: 127.0.0.1\r\n"},
+        {"localhost", "X-Forwarded-Proto: http\r\n"},
+        {"localhost", "Forwarded: for=127.0.0.1\r\n"},
+        {"localhost", "X-Real-IP: 127.0.0.1\r\n"},
+        {"localhost", "Via: 1.1 proxy\r\n"},
+        {"example.org", "Origin: http://example.org\r\n"},  // whose address is 127.0.0.1 now
+        {"127.0.0.1.example.org", ""},
+        {"localhost.example.org:8000", ""},
+        {"192.168.0.1", ""},
+    };
+    const Server server(read_file("app_example.py"), {"-w", "1", "-t", "5"});
+    const int runner = lab_runner(server);
+    for (const string path : kExperiments) {
+        CAPTURE(path);
+        for (const char* method : {"GET", "HEAD", "PUT"}) {
+            const Reply reply = lab(server, method, path);
+            CHECK(reply.status == 405);
+            CHECK(reply.fields.at("allow") == "POST");
+        }
+        for (const Row& row : refused) {
+            CAPTURE(string(row.host) + " " + row.fields);
+            CHECK(
+                request(server.port(), lab_bytes("POST", path, row.fields, "", row.host)).status ==
+                403);
+        }
+        CHECK(request(server.port(), "POST " + path + " HTTP/1.0\r\n\r\n").status == 403);
+    }
+    CHECK(lab_runner(server) == runner);
+    const Reply page = lab(server, "GET", "/", "Accept: text/html\r\nX-Forwarded-For: ::1\r\n");
+    CHECK(contains(page.body, "switched off"));
+    CHECK(contains(page.body, " disabled>"));
+
+    for (const char* host : {"localhost", "127.0.0.1:8000", "[::1]:8000"}) {
+        CAPTURE(string(host));
+        const string fields = string("Sec-Fetch-Site: same-origin\r\nOrigin: http://") + host;
+        CHECK(request(server.port(), lab_bytes("POST", "/upload", fields + "\r\n", "", host))
+                  .status == 200);
+    }
+    TempDir dir;
+    const string path = dir.path + "/socket";
+    const Server on_socket(read_file("app_example.py"), {"-w", "1", "-b", "unix:" + path});
+    Client client(path);
+    client.send(lab_bytes("POST", "/upload"));
+    CHECK(Reply(client.read_all()).status == 200);
+
+    const Server open(read_file("app_example.py"), {"-w", "1", "-e", "LAB=1"});
+    const string proxied = "X-Forwarded-For: 192.0.2.1\r\n", host = "example.org";
+    CHECK(request(open.port(), lab_bytes("POST", "/upload", proxied, "", host)).status == 200);
+    const string strange = proxied + "Origin: http://example.com\r\n";
+    CHECK(request(open.port(), lab_bytes("POST", "/upload", strange, "", host)).status == 403);
+}
+
+TEST_CASE("the lab's experiments end as its page says") {
+    const Server server(read_file("app_example.py"), {"-w", "1", "-t", "1"});
+    int runner = lab_runner(server);
+    CHECK(lab(server, "POST", "/error").status == 500);
+    CHECK(server.log_has("RuntimeError: the lab was asked to raise an exception"));
+    CHECK(contains(lab(server, "POST", "/leak").body, "keeps 8 MiB; its size is "));
+    const int size = json_number(lab(server, "GET", "/whoami").body, "size_mib");
+    CHECK(contains(lab(server, "POST", "/leak").body, "keeps 16 MiB; its size is "));
+    CHECK(json_number(lab(server, "GET", "/whoami").body, "size_mib") >= size + 7);
+
+    const string body(300'001, 'u');
+    const Reply upload = lab(server, "POST", "/upload", "", body);
+    CHECK(upload.status == 200);
+    CHECK(json_number(upload.body, "bytes") == 300'001);
+    write_file(server.dir.path + "/body", body);
+    const string hash = output_of("sha256sum < " + server.dir.path + "/body | cut -c-64");
+    CHECK(contains(upload.body, "\"sha256\": \"" + hash.substr(0, 64) + "\""));
+    CHECK(lab_runner(server) == runner);
+
+    const std::pair<const char*, int> ends[] = {{"/crash", 502}, {"/hang", 504}};
+    for (const auto& [path, status] : ends) {
+        CAPTURE(string(path));
+        const Time start = Clock::now();
+        CHECK(lab(server, "POST", path).status == status);
+        CHECK(seconds_since(start) < 2.5);
+        const int fresh = lab_runner(server);
+        CHECK(fresh > 0);
+        CHECK(fresh != runner);
+        runner = fresh;
+        CHECK(contains(lab(server, "POST", "/leak").body, "keeps 8 MiB"));
+    }
+}
+
 // --- Flask and Django -----------------------------------------------------------------------
 
 constexpr const char* kFlask = R"py(
