@@ -3678,6 +3678,7 @@ int main(int argc, char** argv) {
     for (int fd = 0; fd <= STDERR_FILENO;) {  // a socket must not become a standard descriptor
         fd = ::open("/dev/null", O_RDWR | (fd > 0 ? O_CLOEXEC : 0));
         if (fd > STDERR_FILENO) { ::close(fd); }
+        if (fd < 0) { break; }  // there is no /dev/null
     }
     set_signals({SIGPIPE, SIGXFSZ}, SIG_IGN);
     g_log.error_file.reset(::fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3));

@@ -7110,8 +7110,7 @@ def versions(environ, start_response):
     CHECK(becomes("3 2 -"));
 }
 
-// --- what stands before the server: nginx, HAProxy, systemd ---------------------------------
-// Their parts of the configuration are those of README.md, with other addresses.
+// --- README.md: the lesson ------------------------------------------------------------------
 
 bool have(const char* program) {
     return std::system((string("command -v ") + program + " >/dev/null 2>&1").c_str()) == 0;
@@ -7134,6 +7133,129 @@ string replaced(string text, const string& from, const string& to) {
     }
     return text;
 }
+
+/// The part of README.md below a heading.
+string readme_section(const string& heading) {
+    const string readme = read_file("README.md");
+    const size_t begin = readme.find("\n" + heading + "\n");
+    REQUIRE(begin != string::npos);
+    return readme.substr(begin, readme.find("\n## ", begin + heading.size() + 2) - begin);
+}
+
+/// A line without what differs from run to run: numbers, but for one that stands alone, and the
+/// width of blanks.
+string shape(const string& line) {
+    const bool alone =
+        line.size() <= 3 && !line.empty() && std::all_of(line.begin(), line.end(), is_digit);
+    string out;
+    for (const char c : line) {
+        if (c == '\r') { continue; }
+        const char each = is_digit(c) && !alone ? '#' : c;
+        if ((each == '#' || each == ' ') && !out.empty() && out.back() == each) { continue; }
+        out += each;
+    }
+    return string(trim(out));
+}
+
+/// Whether the lines of `expected` are found in those of `text`, in this order; else the line that
+/// is not. What follows a … may be anything.
+string missing_line(const string& text, const string& expected) {
+    std::istringstream lines(text), wanted(expected);
+    string line, want;
+    while (std::getline(wanted, want)) {
+        const bool open = contains(want, "…");
+        const string form = shape(want.substr(0, want.find("…")));
+        bool found = false;
+        while (!found && std::getline(lines, line)) {
+            const string got = shape(line);
+            const size_t at = got.find(form);
+            const bool number = form.size() <= 3 && is_digit(form.front());
+            found = number ? got == form : at != string::npos;
+            found = found && (open || number || got.size() == at + form.size());
+        }
+        if (!found) { return want; }
+    }
+    return "";
+}
+
+TEST_CASE("the experiments of the lesson show what README.md says" *
+          doctest::skip(std::getenv("SERVER") != nullptr || !have("curl") || !have("pgrep"))) {
+    const TempDir dir;
+    const string pidfile = dir.path + "/pid", cwd = output_of("pwd");
+    const string lesson = readme_section("## Pre-fork in eight stops");
+    CHECK(contains(lesson, "./server -w 2 -t 3 -p /tmp/lesson.pid\n"));
+    Server server("",
+                  {"-w", "2", "-t", "3", "-p", pidfile, "--pythonpath", cwd, "app_example:app"});
+    REQUIRE(server.wait_ready_workers(2));
+    const string port = to_string(server.port());
+    size_t ran = 0, left_out = 0;
+    for (size_t at = lesson.find("```sh\n"), next = 0; at != string::npos; at = next) {
+        next = lesson.find("```sh\n", at + 1);
+        const string part = lesson.substr(at, next - at);
+        const auto block = [&](const string& fence) {
+            const size_t begin = part.find(fence);
+            if (begin == string::npos) { return ""s; }
+            return part.substr(begin + fence.size(),
+                               part.find("\n```", begin) + 1 - begin - fence.size());
+        };
+        string commands = block("```sh\n");
+        for (const auto& [from, to] : {std::pair("/tmp/lesson.pid"s, pidfile),
+                                       std::pair("127.0.0.1:8000"s, "127.0.0.1:" + port),
+                                       std::pair("127.0.0.1/8000"s, "127.0.0.1/" + port)}) {
+            if (contains(commands, from)) { commands = replaced(commands, from, to); }
+        }
+        CAPTURE(commands);
+        if (contains(commands, "strace") && !have("strace")) {
+            ++left_out;
+            continue;
+        }
+        write_file(dir.path + "/commands", commands);
+        const size_t logged = server.log().size();
+        const string shown = output_of("timeout 30 bash " + dir.path + "/commands 2>&1");
+        if (contains(shown, "Operation not permitted")) {
+            ++left_out;
+            continue;
+        }
+        CAPTURE(shown);
+        CHECK(missing_line(shown, block("```text\n")) == "");
+        const string log = server.log().substr(logged);
+        CAPTURE(log);
+        CHECK(missing_line(log, block("```log\n")) == "");
+        ++ran;
+    }
+    CHECK(ran + left_out == 8);
+    if (left_out > 0) { MESSAGE(left_out << " stops left out: strace cannot look at processes"); }
+    CHECK(wait_for([&] { return processes_with(server.mark).empty(); }));
+}
+
+TEST_CASE("every function that README.md names stands in server.cpp") {
+    const string source = read_file("server.cpp");
+    const string lesson = readme_section("## Pre-fork in eight stops");
+    size_t names = 0;
+    for (size_t at = 0; (at = lesson.find("()`", at)) != string::npos; ++at) {
+        const size_t begin = lesson.rfind('`', at - 1) + 1;
+        string name = lesson.substr(begin, at - begin);
+        name = name.substr(name.rfind(':') + 1);  // of Worker::run
+        if (name == "select" || name == "accept") { continue; }
+        CAPTURE(name);
+        CHECK((contains(source, " " + name + "(") || contains(source, "*" + name + "(")));
+        ++names;
+    }
+    CHECK(names > 40);
+}
+
+TEST_CASE("the runner that README.md shows whole answers" * doctest::skip(!have("perl"))) {
+    const TempDir dir;
+    write_file(dir.path + "/hello.pl", readme_block("perl"));
+    CHECK(count(readme_block("perl"), "\n") <= 26);
+    const Server server("", {"--runner", "perl " + dir.path + "/hello.pl"});
+    CHECK(get(server, "/a").body == "Hello from Perl at /a\n");
+    CHECK(post(server, "/b", "body").body == "Hello from Perl at /b\nbody");
+    for (int i = 0; i < 20; ++i) { CHECK(get(server, "/c").status == 200); }
+}
+
+// --- what stands before the server: nginx, HAProxy, systemd ---------------------------------
+// Their parts of the configuration are those of README.md, with other addresses.
 
 /// A program that runs beside the server until the end of the test.
 struct Program {
