@@ -389,7 +389,7 @@ def leak(environ):
     if len(leaked) < 64:  # enough to be seen, too little to harm the machine
         leaked.append(b"x" * (8 * MIB))
     return TEXT, "Runner %d keeps %d MiB; its size is %s MiB.\n" % (
-        os.getpid(), 8 * len(leaked), whoami().get("size_mib", "unknown"))
+        os.getpid(), 8 * len(leaked), whoami().get("size_mib", "an unknown number of"))
 
 
 def upload(environ):
