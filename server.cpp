@@ -58,6 +58,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
+#include <list>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -394,7 +395,7 @@ void wait_ready(int max_fd, fd_set& reads, fd_set& writes, Time until) {
 // ============================================================================
 struct Config {
     string app = "app_example:app", worker_class = "sync";
-    int workers = 2, backlog = 2048, worker_connections = 1000;
+    int workers = 2, threads = 1, backlog = 2048, worker_connections = 1000;
     int max_requests = 0, max_requests_jitter = 0;
     int limit_request_line = 4094, limit_request_fields = 100, limit_request_field_size = 8190;
     int64_t limit_request_body = int64_t{1} << 30;
@@ -477,7 +478,7 @@ Error set_workers(Config& config, string_view text) {
 }
 
 constexpr const char* kLevels[] = {"debug", "info", "warning", "error", "critical"};
-constexpr const char* kWorkerClasses[] = {"sync"};
+constexpr const char* kWorkerClasses[] = {"sync", "gthread"};
 
 /// Sets a string to one of the given words.
 template <auto Member, const auto& Words>
@@ -537,8 +538,9 @@ constexpr int64_t kYear = 31'536'000, kMiB = int64_t{1} << 20;
 constexpr Option kOptions[] = {
     row<&C::bind>('b', "bind", "ADDRESS", "HOST:PORT, [V6]:PORT, unix:PATH or fd://N; repeatable"),
     {'w', "workers", "N", "worker processes; auto: one a processor", set_workers, get<&C::workers>},
-    {'k', "worker-class", "NAME", "only sync", set_word<&C::worker_class, kWorkerClasses>,
-     get<&C::worker_class>},
+    {'k', "worker-class", "NAME", "sync or gthread, by --threads",
+     set_word<&C::worker_class, kWorkerClasses>, get<&C::worker_class>},
+    row<&C::threads, 1, 128>(0, "threads", "N", "requests that run at a time in each worker"),
     row<&C::timeout, 0, kYear>('t', "timeout", "SECONDS",
                                "end what is silent for so long; 0: never"),
     row<&C::graceful_timeout, 0, kYear>(0, "graceful-timeout", "SECONDS",
@@ -1684,17 +1686,21 @@ Response error_response(int status, string& body) {
 //  The Python runner reads its requests from two pipes in turn. While it answers one the next may
 //  lie in the other already, so that neither process sleeps in between; it runs nowhere else only
 //  once the runner has read it, and until then the worker can take it back.
+//
+//  These pipes are a slot. With --threads N the Python runner has N of them, and a thread for each
+//  that runs the same loop; the first slot alone says, for all, that the application is loaded.
 // ============================================================================
 constexpr char kRunner[] = R"py(
 import faulthandler, fcntl, importlib, io, os, select, sys
+
+class Gone(SystemExit): "The worker has gone, or wants no more."
 
 class Body(io.RawIOBase):
     """What of a request's body has not come with its head; inert once the request is over."""
     def __init__(self, slot):
         self.slot = slot
 
-    def readable(self):
-        return True
+    readable = lambda self: True  # what io.BufferedReader asks
 
     def readinto(self, buffer):
         data = self.slot.take(len(buffer)) if self.slot and self.slot.left else b""
@@ -1717,13 +1723,10 @@ class Response:
         self.slot, self.body, self.head, self.started = slot, body, None, False
 
     def start_response(self, status, headers, exc_info=None):
-        try:
-            if exc_info and self.started:
-                raise exc_info[1].with_traceback(exc_info[2])
-            if self.head and not exc_info:
-                raise AssertionError("start_response was called twice")
-        finally:
-            exc_info = None  # no circular reference to the traceback
+        if exc_info and self.started:
+            raise exc_info[1].with_traceback(exc_info[2])
+        if self.head and not exc_info:
+            raise AssertionError("start_response was called twice")
         head = ""
         for name, value in [("Status", status), *headers]:
             if not isinstance(name, str) or not isinstance(value, str):
@@ -1757,6 +1760,9 @@ class Response:
 
 class Slot:
     """A pair of pipes, and the loop that answers what comes through them."""
+    failures = Exception  # of the application; what else it raises ends the process
+    files = None          # with --reload: where to list the files of modules, and which are there
+
     def __init__(self, requests, replies, app):
         self.requests, self.replies, self.app = requests, replies, app
         self.turn = 0       # the pipe of the present request
@@ -1773,15 +1779,14 @@ class Slot:
         if len(parts) > 1000:  # more than writev() takes
             parts = [b"".join(parts)]
         sent, size = os.writev(self.replies, parts), sum(map(len, parts))
-        if sent < size:
-            data = memoryview(b"".join(parts))
-            while sent < size:
-                sent += os.write(self.replies, data[sent:])
+        data = memoryview(b"".join(parts)) if sent < size else b""
+        while sent < size:
+            sent += os.write(self.replies, data[sent:])
 
     def more(self):
         data = os.read(self.requests[self.turn], 65536)
         if not data:
-            sys.exit()  # the worker has gone or wants no more
+            raise Gone
         self.pending += data
 
     def netstring(self):
@@ -1810,33 +1815,37 @@ class Slot:
         return self.gone
 
     def serve(self, base):
-        while True:
-            block = self.netstring()
-            if b"\0" not in block:
-                if block:
-                    reopen(block)
-                continue  # else it is "the client has gone", too late
-            words = iter(block.decode("latin-1").split("\0"))
-            environ = dict(zip(words, words), **base)
-            self.left, self.gone, body = int(environ["CONTENT_LENGTH"] or 0), False, Body(self)
-            if not environ["CONTENT_LENGTH"]:
-                del environ["CONTENT_LENGTH"]
-            if self.left <= len(self.pending):
-                environ["wsgi.input"] = io.BytesIO(self.take(self.left) if self.left else b"")
-            else:
-                environ["wsgi.input"] = io.BufferedReader(body, 65536)
-            self.answer(environ, Response(self, body))
-            self.pending, self.turn = b"", 1 - self.turn
-            if tell_files:
-                tell_files()
+        try:
+            while True:
+                self.serve_one(base)
+        except Gone:
+            pass
+
+    def serve_one(self, base):
+        block = self.netstring()
+        if b"\0" not in block:
+            if block:
+                reopen(block)
+            return  # else it is "the client has gone", too late
+        words = iter(block.decode("latin-1").split("\0"))
+        environ = dict(zip(words, words), **base)
+        self.left, self.gone, body = int(environ["CONTENT_LENGTH"] or 0), False, Body(self)
+        if not environ["CONTENT_LENGTH"]:
+            del environ["CONTENT_LENGTH"]
+        if self.left <= len(self.pending):
+            environ["wsgi.input"] = io.BytesIO(self.take(self.left) if self.left else b"")
+        else:
+            environ["wsgi.input"] = io.BufferedReader(body, 65536)
+        self.answer(environ, Response(self, body))
+        self.pending, self.turn = b"", 1 - self.turn
+        if self.files:
+            list_files(*self.files)
 
     def end(self, response, parts, mark):
-        """The last of a response. Once the mark is out the worker fills the pipes again: nothing of
-        this request may be left in them, or be read from them."""
-        if self.left:
+        """The last of a response. Once the mark is out the worker fills the pipes again."""
+        while self.left:
             self.write(parts)
             parts = []
-        while self.left:
             self.take(65536)
         response.slot = response.body.slot = None
         self.write(parts + [mark])
@@ -1853,7 +1862,9 @@ class Slot:
                         break
                     response.write(item)
                 self.end(response, [] if response.started else response.frame([]), b"0:,")
-        except Exception:
+        except Gone:
+            raise
+        except self.failures:
             report()
             self.end(response, [], b"0:!")
         finally:
@@ -1863,23 +1874,13 @@ class Slot:
             except Exception:
                 report()
 
-tell_files = None
-
-def watched(fd):
-    """With --reload: writes to a file which files the modules come from, each once."""
-    told, count = set(), 0
-
-    def tell():
-        nonlocal count
-        if count == len(sys.modules):
-            return
-        count = len(sys.modules)
-        for module in list(sys.modules.values()):
-            name = getattr(module, "__file__", None)
-            if name and name not in told:
-                told.add(name)
-                os.write(fd, os.fsencode(name) + b"\0")
-    return tell
+def list_files(list_fd, told):
+    """With --reload: the files that modules come from, each once."""
+    for module in list(sys.modules.values()):
+        name = getattr(module, "__file__", None)
+        if name and name not in told:
+            told.add(name)
+            os.write(list_fd, os.fsencode(name) + b"\0")
 
 def report():
     import traceback  # which takes its time, and is hardly ever wanted
@@ -1888,50 +1889,55 @@ def report():
 def reopen(path):
     """Moves what is printed to the new error log."""
     try:
-        log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        with open(path, "ab", 0) as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
     except OSError:
-        return report()
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
+        report()
 
-def main(name, paths, software, second, files):
-    global tell_files
+def main(name, paths, software, files, *fds):
     faulthandler.enable()  # SIGABRT, and crashes, print the stack of every thread
-    high = min(1000, os.sysconf("SC_OPEN_MAX") // 2)
-    pipes = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, high) for fd in (0, int(second), 1)]
-    os.close(int(second))
+    most = os.sysconf("SC_OPEN_MAX")
+    high = min(1000, most // 2, most - 2 * len(fds))
+    pipes = [fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, high) for fd in fds]
+    for fd in fds:
+        os.close(int(fd))
 
     def put_null(fds):
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in fds:
-            os.dup2(null, fd, fd < 3)
-        os.close(null)
+        with open(os.devnull, "r+b", 0) as null:
+            for fd in fds:
+                os.dup2(null.fileno(), fd, fd < 3)
 
     put_null([0])
     os.dup2(2, 1)
-    # A child that the application forks has no part in the bridge.
-    os.register_at_fork(after_in_child=lambda: put_null(pipes))
+    os.register_at_fork(after_in_child=lambda: put_null(pipes))  # the bridge is not for them
     sys.path[:1] = [os.path.abspath(path) for path in paths.split(",") if path] + [os.getcwd()]
     try:  # MODULE, MODULE:OBJ.ATTR or MODULE:FACTORY(...), as in gunicorn
         module, _, target = name.partition(":")
         app = eval(target or "application", vars(importlib.import_module(module)))
-        if not callable(app):
-            raise TypeError("%s is not callable" % name)
+        assert callable(app), "%s is not callable" % name
     except Exception:
         report()
         sys.exit(4)
     if files:
-        tell_files = watched(fcntl.fcntl(int(files), fcntl.F_DUPFD_CLOEXEC, high))
+        Slot.files = fcntl.fcntl(int(files), fcntl.F_DUPFD_CLOEXEC, high), set()
         os.close(int(files))
-        tell_files()
-    slot = Slot(pipes[:2], pipes[2], app)
-    slot.write([b"0:,"])
-    slot.serve({
-        "wsgi.version": (1, 0), "wsgi.errors": sys.stderr,
-        "wsgi.multithread": False, "wsgi.multiprocess": True, "wsgi.run_once": False,
-        "wsgi.file_wrapper": FileWrapper, "wsgi.input_terminated": True,
-        "SERVER_SOFTWARE": software})
+        list_files(*Slot.files)
+    slots = [Slot(pipes[i:i + 2], pipes[i + 2], app) for i in range(0, len(pipes), 3)]
+    base = {"wsgi.version": (1, 0), "wsgi.errors": sys.stderr, "wsgi.run_once": False,
+            "wsgi.multithread": len(slots) > 1, "wsgi.multiprocess": True,
+            "wsgi.file_wrapper": FileWrapper, "wsgi.input_terminated": True,
+            "SERVER_SOFTWARE": software}
+    threads = []
+    for slot in slots[1:]:
+        import threading  # which takes its time, too
+        slot.failures = BaseException  # sys.exit() would end the thread, and nobody would know
+        threads.append(threading.Thread(target=slot.serve, args=(base,), daemon=True))
+        threads[-1].start()
+    slots[0].write([b"0:,"])
+    slots[0].serve(base)
+    for thread in threads:
+        thread.join()
 
 main(*map(os.fsdecode, settings))
 )py";
@@ -1973,47 +1979,96 @@ private:
     bool in_payload_ = false;
 };
 
-enum class Phase { Down, Booting, Idle, Busy, Dying };
+enum class Phase { Booting, Serving, Retired, Dying };  // Retired: it finishes what it has
 
 struct Connection;
+struct Runner;
 
-/// A runner process, its slot (a pair of pipes) and the request in it.
-struct Runner {
-    Phase phase = Phase::Down;
-    pid_t pid = -1;
+/// A runner's pipes for one request at a time, and that request.
+struct Slot {
+    Runner* runner = nullptr;
     Fd to[2], back[2], from;  // two request pipes, our reading ends of them; of replies
     int turn = 0;             // the pipe of the present request
     NetstringReader reader;
     Spool out;                      // what it has not taken yet of its request
     Connection* current = nullptr;  // null: nobody waits for this response any more
     string request;                 // its request line, once nobody waits
+    bool busy = false;              // with a request
     bool answered = false;          // its end frame has come
-    bool new_log = false;           // it has to be told where the error log is
     bool quick = false;             // the last response took less than kAhead
     size_t most_ahead = PIPE_BUF;   // bytes that a request may have for that
     size_t ahead = 0;               // bytes of the request that lies in the other pipe; 0: none
     Connection* next = nullptr;     // whose it is; null: nobody waits for it any more
     Time since{};                   // when the request went out
     Time deadline = Time::max();    // of the next frame
-    Time kill_at = Time::max();     // SIGKILL for a runner that should be gone
-    int signal = 0;                 // the last signal that we sent it
-    bool dead = false;              // it has ended; what it still said is being read
-    int left = 0;                   // requests until its successor is started; 0: no limit
-    Fd files;                       // with --reload: where it writes what files it has loaded
-    std::vector<struct timespec> watched;  // when these were modified
+
+    const Fd& pipe() const { return to[turn]; }
 
     void close_requests() {
         for (Fd* end : {&to[0], &to[1], &back[0], &back[1]}) { end->reset(); }
     }
 };
 
-/// In the forked child: becomes the runner. Only its two pipes go with it.
-[[noreturn]] void exec_runner(const Config& config, const Fd& in, const Fd& out, const string& boot,
+/// A runner process. Slots, and who points at them, rely on it staying where it is.
+struct Runner {
+    Phase phase = Phase::Booting;
+    pid_t pid = -1;
+    std::vector<Slot> slots;
+    bool new_log = false;        // it has to be told where the error log is
+    bool hung = false;           // SIGABRT comes before SIGKILL
+    Time kill_at = Time::max();  // a signal for a runner that should be gone
+    int signal = 0;              // the last signal that we sent it
+    bool dead = false;           // it has ended; what it still said is being read
+    int left = 0;                // requests until its successor is started; 0: no limit
+    Fd files;                    // with --reload: the list of the files that it has loaded,
+    std::vector<struct timespec> watched;  // and when these were modified
+
+    bool busy() const {
+        return std::any_of(slots.begin(), slots.end(), [](const Slot& slot) { return slot.busy; });
+    }
+
+    bool awaited() const {
+        return std::any_of(slots.begin(), slots.end(),
+                           [](const Slot& slot) { return slot.current != nullptr; });
+    }
+
+    void close_requests() {
+        for (Slot& slot : slots) { slot.close_requests(); }
+    }
+};
+
+/// Makes the pipes of a slot. The runner's ends are added to `ends`: two of requests, one of
+/// replies.
+Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
+    for (const int i : {0, 1}) {
+        Pair requests;
+        Error error = make_fifo(config.worker_tmp_dir, requests, slot.back[i]);
+        if (error) { error = make_fifo(temp_dir(), requests, slot.back[i]); }  // as --user
+        if (error) { return error; }
+        const size_t room = resize_pipe(requests.first, kPiece);
+        slot.most_ahead = i == 0 ? room : std::min(room, slot.most_ahead);
+        slot.to[i] = std::move(requests.second);
+        ends.push_back(raise_fd(std::move(requests.first)));
+    }
+    Pair replies;
+    if (Error error = make_pipe(replies)) { return error; }
+    (void)resize_pipe(replies.first, 1 << 18);
+    slot.from = std::move(replies.first);
+    ends.push_back(raise_fd(std::move(replies.second)));
+    return {};
+}
+
+/// In the forked child: becomes the runner. Only its ends of the pipes go with it; those of the
+/// first slot are its standard input and output, and the others are for Python alone.
+[[noreturn]] void exec_runner(const Config& config, const std::vector<Fd>& ends, const string& boot,
                               pid_t worker, rlim_t files) {
     for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
     ::setpgid(0, 0);  // Ctrl-C is for the server; and what the application forks can be ended too
-    ::dup2(in.get(), STDIN_FILENO);
-    ::dup2(out.get(), STDOUT_FILENO);
+    for (const Fd& end : ends) {
+        ::fcntl(end.get(), F_SETFD, config.runner.empty() ? 0 : FD_CLOEXEC);
+    }
+    ::dup2(ends[0].get(), STDIN_FILENO);
+    ::dup2(ends[2].get(), STDOUT_FILENO);
     ::dup2(g_log.error_file.get(), STDERR_FILENO);
     set_soft_limit(files);
 #ifdef __linux__
@@ -2035,25 +2090,19 @@ struct Runner {
 
 /// Starts a runner that imports the application. `files`: its soft limit on descriptors.
 Error start_runner(const Config& config, Runner& runner, rlim_t files) {
-    runner = Runner{};
-    Pair requests[2], replies;
-    for (const int i : {0, 1}) {
-        Error error = make_fifo(config.worker_tmp_dir, requests[i], runner.back[i]);
-        if (error) { error = make_fifo(temp_dir(), requests[i], runner.back[i]); }  // as --user
-        if (error) { return error; }
-        const size_t room = resize_pipe(requests[i].first, kPiece);
-        runner.most_ahead = i == 0 ? room : std::min(room, runner.most_ahead);
+    runner.slots = std::vector<Slot>(static_cast<size_t>(config.threads));
+    std::vector<Fd> ends;
+    for (Slot& slot : runner.slots) {
+        slot.runner = &runner;
+        if (Error error = make_slot(config, slot, ends)) { return error; }
     }
-    if (Error error = make_pipe(replies)) { return error; }
-    (void)resize_pipe(replies.first, 1 << 18);
-    const bool python = config.runner.empty();
-    const int second = requests[1].first.get();
     if (config.reload) {
         if (Error error = make_temp_file(config.worker_tmp_dir, runner.files)) { return error; }
     }
-    const int files_fd = runner.files.get();
-    const string settings[] = {config.app, join(config.pythonpath), string("server/") + kVersion,
-                               to_string(second), config.reload ? to_string(files_fd) : ""};
+    const int list = runner.files.get();
+    Strings settings = {config.app, join(config.pythonpath), string("server/") + kVersion,
+                        config.reload ? to_string(list) : ""};
+    for (const Fd& end : ends) { settings.push_back(to_string(end.get())); }
     string source = kRunner;
     for (const string& each : settings) { (source += '\0') += each; }
     const string boot = "import sys; b = sys.stdin.buffer.read(" + to_string(source.size()) +
@@ -2061,23 +2110,20 @@ Error start_runner(const Config& config, Runner& runner, rlim_t files) {
                         "{'settings': b[1:]})";
     const pid_t worker = ::getpid();
     block_signals(true);
-    const pid_t pid = ::fork();
-    if (pid == 0) {
-        for (const int fd : {second, files_fd}) {
-            if (python && fd >= 0) { ::fcntl(fd, F_SETFD, 0); }
-        }
-        exec_runner(config, requests[0].first, replies.second, boot, worker, files);
+    runner.pid = ::fork();
+    if (runner.pid == 0) {
+        if (config.runner.empty() && config.reload) { ::fcntl(list, F_SETFD, 0); }
+        exec_runner(config, ends, boot, worker, files);
     }
     block_signals(false);
-    if (pid < 0) { return os_error("cannot fork"); }
-    ::setpgid(pid, pid);  // here too: a signal to its group may be due before it runs
-    runner.phase = Phase::Booting;
-    runner.pid = pid;
-    for (const int i : {0, 1}) { runner.to[i] = std::move(requests[i].second); }
-    runner.from = std::move(replies.first);
-    if (python) { (void)write_all(runner.to[0], source); }  // waitpid() tells if it died
-    for (const Fd* end : {&runner.to[0], &runner.to[1], &runner.from}) {
-        set_flags(end->get(), true);
+    if (runner.pid < 0) { return os_error("cannot fork"); }
+    ::setpgid(runner.pid, runner.pid);  // here too: a signal to its group may be due before it runs
+    // waitpid() tells if it died meanwhile.
+    if (config.runner.empty()) { (void)write_all(runner.slots[0].pipe(), source); }
+    for (const Slot& slot : runner.slots) {
+        for (const Fd* end : {&slot.to[0], &slot.to[1], &slot.from}) {
+            set_flags(end->get(), true);
+        }
     }
     return {};
 }
@@ -2201,13 +2247,8 @@ public:
             log(Level::Error, "Worker cannot boot: " + error.text);
             return kWorkerBootError;
         }
-        while (status_ == 0 && (runner_.phase != Phase::Down || has_work() ||
-                                (predecessor_.pid > 0 && stop_ != Stop::Now))) {
-            turn();
-        }
-        for (const Runner* each : {&predecessor_, &successor_}) {
-            if (each->pid > 0) { ::kill(-each->pid, SIGKILL); }
-        }
+        while (status_ == 0 && (!runners_.empty() || has_work())) { turn(); }
+        for (const Runner& runner : runners_) { ::kill(-runner.pid, SIGKILL); }
         log(Level::Info, "Worker exiting (pid: " + to_string(::getpid()) + ")");
         return status_;
     }
@@ -2247,7 +2288,7 @@ private:
 
     void handle_signals() {
         for (int number; (number = next_signal()) >= 0;) {
-            if (number == SIGCHLD) { reap_runner(); }
+            if (number == SIGCHLD) { reap_runners(); }
             if (number == SIGUSR1) { reopen_logs(); }
             if (number == SIGTERM) { stop(Stop::Leave); }
             if (number == SIGUSR2) { stop(Stop::Drain); }
@@ -2257,8 +2298,8 @@ private:
 
     void reopen_logs() {
         if (Error error = open_logs(config_)) { return log(Level::Error, error.text); }
-        for (Runner* each : {&runner_, &successor_}) {
-            each->new_log = config_.errorlog != "-" && config_.runner.empty();
+        for (Runner& runner : runners_) {
+            runner.new_log = config_.errorlog != "-" && config_.runner.empty();
         }
     }
 
@@ -2297,9 +2338,12 @@ private:
             return fd && FD_ISSET(fd.get(), &set);
         };
         if (is_set(g_self_pipe.first, reads)) { handle_signals(); }
-        if (is_set(to(), writes)) { feed_runner(); }
-        if (is_set(runner_.from, reads)) { read_runner(); }
-        if (is_set(successor_.from, reads)) { read_successor(); }
+        for (Runner& runner : runners_) {
+            for (Slot& slot : runner.slots) {
+                if (is_set(slot.pipe(), writes)) { feed_runner(slot); }
+                if (is_set(slot.from, reads)) { read_runner(slot); }
+            }
+        }
         if (is_set(queue_.second, reads)) { next_request(true); }
         for (int fd = 0; fd <= max_fd_; ++fd) {
             const bool readable = FD_ISSET(fd, &reads), writable = FD_ISSET(fd, &writes);
@@ -2310,17 +2354,26 @@ private:
             settle(*c);
         }
         for (const Listener& each : listeners_) {
-            if (runner_.phase != Phase::Idle && is_set(each.fd, reads)) { accept_clients(); }
+            if (!has_idle_slot() && is_set(each.fd, reads)) { accept_clients(); }
         }
         run_ahead();
-        if (now_ >= take_back_at()) { wait_again(take_back()); }
+        for (Runner& runner : runners_) {
+            for (Slot& slot : runner.slots) {
+                if (now_ >= take_back_at(slot)) { wait_again(take_back(slot)); }
+            }
+        }
         pass_on();
         if (now_ >= next_tick_) { tick(); }
     }
 
     /// What ps tells of this process while it sleeps; query strings are nobody's business.
     void show_title() {
-        const Connection* c = runner_.current;
+        const Connection* c = nullptr;
+        for (const Runner& runner : runners_) {
+            for (const Slot& slot : runner.slots) {
+                c = slot.current != nullptr ? slot.current : c;
+            }
+        }
         const uint64_t state = 2 * begun_ + (c != nullptr ? 1 : 0);
         if (!booted_ || std::exchange(shown_, state) == state) { return; }
         if (c == nullptr) { return set_title(config_, "worker", "idle"); }
@@ -2331,19 +2384,23 @@ private:
 
     /// Completes the sets with what depends on the runner, and says when to wake at the latest.
     Time prepare(fd_set& reads, fd_set& writes) {
-        if (runner_.from && !stalled()) { FD_SET(runner_.from.get(), &reads); }
-        if (to() && runner_.out.size() > 0) { FD_SET(to().get(), &writes); }
-        if (successor_.from) { FD_SET(successor_.from.get(), &reads); }
+        Time until = std::min(next_tick_, pass_at());
+        for (const Runner& runner : runners_) {
+            for (const Slot& slot : runner.slots) {
+                if (slot.pipe() && slot.out.size() > 0) { FD_SET(slot.pipe().get(), &writes); }
+                if (!slot.from || stalled(slot)) { continue; }
+                FD_SET(slot.from.get(), &reads);
+                until = std::min(until, take_back_at(slot));
+            }
+        }
         const bool room = connected_ <= config_.worker_connections || find_victim() != nullptr;
         if (wants_request() && room && takes_from_queue()) { FD_SET(queue_.second.get(), &reads); }
         // A busy worker leaves connections to idle ones for a while: or all would wake for one.
-        const bool busy = runner_.phase == Phase::Busy;
-        const Time accept_at = std::max(accept_again_, busy ? runner_.since + kAcceptDelay : now_);
+        const Time accept_at =
+            std::max(accept_again_, has_idle_slot() ? now_ : last_begin_ + kAcceptDelay);
         for (const Listener& each : listeners_) {
             if (booted_ && now_ >= accept_at) { FD_SET(each.fd.get(), &reads); }
         }
-        const Time until =
-            std::min({next_tick_, pass_at(), stalled() ? next_tick_ : take_back_at()});
         return booted_ && now_ < accept_at ? std::min(until, accept_at) : until;
     }
 
@@ -2353,10 +2410,11 @@ private:
     void run_ahead() {
         for (int round = 0; round < 8; ++round) {
             if (booted_ && wants_request()) { accept_clients(); }
-            if (runner_.phase != Phase::Busy || runner_.since != now_) { return; }
-            if (runner_.ahead == 0) { ::sched_yield(); }
+            Slot* slot = last_begin_ == now_ ? just_begun() : nullptr;
+            if (slot == nullptr) { return; }
+            if (slot->ahead == 0) { ::sched_yield(); }
             now_ = Clock::now();
-            if (!read_runner()) { return; }
+            if (!read_runner(*slot)) { return; }
         }
     }
 
@@ -2379,24 +2437,28 @@ private:
             expire(*c);
             settle(*c);
         }
-        if (now_ >= runner_.deadline) { hung_app(); }
-        if (now_ >= runner_.kill_at) { signal_runner(SIGKILL); }
-        if (now_ >= predecessor_.kill_at) { ::kill(-predecessor_.pid, SIGKILL); }
-        if (runner_.phase == Phase::Down && now_ >= restart_at_ && has_work()) {
+        tick_runners();
+        if (!has_idle_slot()) { expire_queue(); }
+        if (stop_ == Stop::Leave) { hand_over_readers(); }
+        const bool idle =
+            connected_ == 0 && runners_.size() == 1 && has_idle_slot() && !runners_.front().busy();
+        next_tick_ = idle ? next_notify_ : now_ + kTick;
+    }
+
+    void tick_runners() {
+        for (Runner& runner : runners_) {
+            for (Slot& slot : runner.slots) {
+                if (now_ >= slot.deadline) { hung_app(slot); }
+            }
+            if (!has_work()) { dismiss(runner); }
+            const bool over = runner.hung && runner.signal == 0 && !runner.awaited();
+            if (over || now_ >= runner.kill_at) { end_runner(runner); }
+        }
+        const bool wanted =
+            !has_runner(Phase::Booting) && !has_runner(Phase::Serving) && !has_runner(Phase::Dying);
+        if (wanted && now_ >= restart_at_ && has_work()) {
             if (Error error = boot_runner()) { log(Level::Error, error.text); }
         }
-        if (runner_.phase != Phase::Idle) { expire_queue(); }
-        if (stop_ == Stop::Leave) { hand_over_readers(); }
-        if (to() && !has_work()) {  // it leaves as any Python program does, or is killed
-            dismissed_ = true;
-            runner_.close_requests();
-            runner_.phase = Phase::Dying;
-            kill_runner_after(stop_ == Stop::Now ? Clock::duration(kKillDelay / 2)
-                              : booted_          ? Clock::duration(config_.graceful_timeout)
-                                                 : Clock::duration(0));
-        }
-        const bool idle = connected_ == 0 && runner_.phase == Phase::Idle;
-        next_tick_ = idle ? next_notify_ : now_ + kTick;
     }
 
     void watch(int fd, bool read, bool write) {
@@ -2693,10 +2755,14 @@ private:
         if (c.state != State::Linger && !c.pass.silent) {
             write_access(c, c.response.status != 0 ? c.response.status : 499);
         }
-        if (runner_.current == &c) { abandon(); }
-        if (runner_.ahead > 0 && runner_.next == &c && take_back() == nullptr) {
-            runner_.next = nullptr;  // it has begun
-            runner_.request = c.request_line();
+        for (Runner& runner : runners_) {
+            for (Slot& slot : runner.slots) {
+                if (slot.current == &c) { abandon(slot); }
+                if (slot.ahead > 0 && slot.next == &c && take_back(slot) == nullptr) {
+                    slot.next = nullptr;  // it has begun
+                    slot.request = c.request_line();
+                }
+            }
         }
         set_state(c, State::Done);
     }
@@ -2713,11 +2779,11 @@ private:
     // --- the ready queue --------------------------------------------------------------------
 
     /// When the first of those that wait here goes to the queue: after 1 ms; or, as long as the
-    /// runner gets through its requests quicker than that, after 10 ms.
+    /// runner begins requests more often than that, after 10 ms.
     Time pass_at() const {
         if (ready_.empty()) { return Time::max(); }
         const Time since = ready_.front()->pass.started;
-        const Time quick = std::max(since, std::min(runner_.since, since + 9ms)) + 1ms;
+        const Time quick = std::max(since, std::min(last_begin_, since + 9ms)) + 1ms;
         return std::max(queue_again_, quick);
     }
 
@@ -2846,113 +2912,137 @@ private:
 
     // --- the runner -------------------------------------------------------------------------
 
-    bool stalled() const { return runner_.current != nullptr && runner_.current->out.full(); }
+    static bool stalled(const Slot& slot) {
+        return slot.current != nullptr && slot.current->out.full();
+    }
 
-    const Fd& to() const { return runner_.to[runner_.turn]; }
+    /// Where a request could go now: to an idle slot, or else to a quick one that has only one.
+    Slot* find_slot() {
+        Slot* quick = nullptr;
+        for (Runner& runner : runners_) {
+            if (runner.phase != Phase::Serving || runner.dead) { continue; }
+            for (Slot& slot : runner.slots) {
+                if (!slot.busy) { return &slot; }
+                const bool takes = slot.quick && slot.ahead == 0 && !slot.answered &&
+                                   slot.out.size() == 0 && now_ < slot.since + kAhead;
+                if (quick == nullptr && takes && !runner.new_log) { quick = &slot; }
+            }
+        }
+        return quick;
+    }
 
-    /// Whether a request could go to the runner now: it is idle, or quick and has only one.
-    bool wants_request() const {
-        if (runner_.dead) { return false; }
-        return runner_.phase == Phase::Idle ||
-               (runner_.phase == Phase::Busy && runner_.quick && runner_.ahead == 0 &&
-                !runner_.answered && !runner_.new_log && successor_.phase != Phase::Idle &&
-                runner_.out.size() == 0 && now_ < runner_.since + kAhead);
+    bool wants_request() { return find_slot() != nullptr; }
+
+    bool has_idle_slot() {
+        const Slot* slot = find_slot();
+        return slot != nullptr && !slot->busy;
+    }
+
+    /// The slot whose request went out in this very moment.
+    Slot* just_begun() {
+        for (Runner& runner : runners_) {
+            for (Slot& slot : runner.slots) {
+                if (slot.busy && slot.since == now_) { return &slot; }
+            }
+        }
+        return nullptr;
     }
 
     /// Gives a request to the runner, perhaps ahead of its time; false if it has to wait.
     bool dispatch(Connection& c) {
-        if (!wants_request()) { return false; }
+        Slot* slot = find_slot();
+        if (slot == nullptr) { return false; }
         string head = to_string(c.env.size()) + ":" + c.env + ",";
-        if (runner_.phase == Phase::Idle) {
-            set_state(c, State::Run);
-            runner_.out = std::exchange(c.body, Spool());
-            const string& path = config_.errorlog;
-            const bool tell = std::exchange(runner_.new_log, false);
-            if (tell) { head.insert(0, to_string(path.size()) + ":" + path + ","); }
-            runner_.out.prepend(head);
-            runner_.current = &c;
-            begin_request();
-            feed_runner();
-            return true;
-        }
-        head += c.body.newest();
-        const bool fits = c.body.stored() == 0 && head.size() <= runner_.most_ahead;
-        if (!fits || write_some(runner_.to[1 - runner_.turn], head) < 0) { return false; }
+        if (slot->busy) { return hand_ahead(*slot, c, head += c.body.newest()); }
         set_state(c, State::Run);
-        runner_.ahead = head.size();
-        runner_.next = &c;
+        slot->out = std::exchange(c.body, Spool());
+        const string& path = config_.errorlog;
+        const bool tell = std::exchange(slot->runner->new_log, false);
+        if (tell) { head.insert(0, to_string(path.size()) + ":" + path + ","); }
+        slot->out.prepend(head);
+        slot->current = &c;
+        begin_request(*slot);
+        feed_runner(*slot);
         return true;
     }
 
-    void begin_request() {
-        runner_.phase = Phase::Busy;
-        runner_.answered = false;
-        runner_.since = now_;
-        ++begun_;
-        extend_deadline();
+    bool hand_ahead(Slot& slot, Connection& c, string_view frame) {
+        const bool fits = c.body.stored() == 0 && frame.size() <= slot.most_ahead;
+        if (!fits || write_some(slot.to[1 - slot.turn], frame) < 0) { return false; }
+        set_state(c, State::Run);
+        slot.ahead = frame.size();
+        slot.next = &c;
+        return true;
     }
 
-    Time take_back_at() const { return runner_.ahead > 0 ? runner_.since + kAhead : Time::max(); }
+    void begin_request(Slot& slot) {
+        slot.busy = true;
+        slot.answered = false;
+        slot.since = last_begin_ = now_;
+        ++begun_;
+        extend_deadline(slot);
+    }
+
+    static Time take_back_at(const Slot& slot) {
+        return slot.ahead > 0 ? slot.since + kAhead : Time::max();
+    }
 
     /// The request that lies in the other pipe, out of it again; null if the runner has read it. If
     /// it has read a part, which POSIX allows above PIPE_BUF, the rest goes in again.
-    Connection* take_back() {
-        const int other = 1 - runner_.turn;
-        const ssize_t n =
-            runner_.ahead == 0 ? 0 : read_some(runner_.back[other], buffer_, kMaxMessage);
+    Connection* take_back(Slot& slot) {
+        const int other = 1 - slot.turn;
+        const ssize_t n = slot.ahead == 0 ? 0 : read_some(slot.back[other], buffer_, kMaxMessage);
         const size_t size = static_cast<size_t>(std::max<ssize_t>(n, 0));
-        if (size < runner_.ahead) {
-            if (size > 0) { (void)write_some(runner_.to[other], string_view(buffer_, size)); }
+        if (size < slot.ahead) {
+            if (size > 0) { (void)write_some(slot.to[other], string_view(buffer_, size)); }
             return nullptr;
         }
-        runner_.ahead = 0;
-        return std::exchange(runner_.next, nullptr);
+        slot.ahead = 0;
+        return std::exchange(slot.next, nullptr);
     }
 
     /// A request that was taken back goes where it would have been without that.
     void wait_again(Connection* c) {
         if (c == nullptr) { return; }
         set_state(*c, State::Ready);
-        ready_.insert(ready_.begin(), c);
+        if (!dispatch(*c)) { ready_.insert(ready_.begin(), c); }
     }
 
     /// A sign of life: the application gets `timeout` seconds from now.
-    void extend_deadline() {
-        runner_.deadline = config_.timeout > 0s ? now_ + config_.timeout : Time::max();
+    void extend_deadline(Slot& slot) {
+        slot.deadline = config_.timeout > 0s ? now_ + config_.timeout : Time::max();
     }
 
-    void feed_runner() {
-        while (to() && runner_.out.size() > 0) {
-            const ssize_t n = write_some(to(), runner_.out.front());
+    void feed_runner(Slot& slot) {
+        while (slot.pipe() && slot.out.size() > 0) {
+            const ssize_t n = write_some(slot.pipe(), slot.out.front());
             if (n < 0) { return; }
-            runner_.out.pop(static_cast<size_t>(n));
+            slot.out.pop(static_cast<size_t>(n));
         }
-        become_idle();
+        if (slot.busy && slot.answered && slot.pipe()) { become_idle(slot); }
     }
 
     /// Reads once what the runner says; false where there is nothing more to read.
-    bool read_runner() {
+    bool read_runner(Slot& slot) {
         using Event = NetstringReader::Event;
-        const ssize_t n = read_some(runner_.from, replies_, sizeof replies_);
+        const ssize_t n = read_some(slot.from, replies_, sizeof replies_);
         if (n < 0 && would_block()) { return false; }
-        if (n <= 0) { return lose_runner(1s), false; }
-        if (runner_.phase == Phase::Busy) { extend_deadline(); }
+        if (n <= 0) { return lose_slot(slot), false; }
+        if (slot.busy) { extend_deadline(slot); }
         string_view in(replies_, static_cast<size_t>(n)), piece;
-        for (Event event; (event = runner_.reader.next(in, piece)) != Event::NeedMore;) {
+        for (Event event; (event = slot.reader.next(in, piece)) != Event::NeedMore;) {
             const bool last = event == Event::End || event == Event::Failed;
-            const bool quiet = runner_.phase == Phase::Booting || runner_.phase == Phase::Idle;
-            const bool behind = last && !in.empty() && runner_.ahead == 0;
-            if (event == Event::Bad || behind || (quiet && event != Event::End)) {
-                log(Level::Error, "Runner (pid:" + to_string(runner_.pid) + ") broke the protocol");
-                signal_runner(SIGKILL);
-                return lose_runner(1s), false;
+            const bool behind = last && !in.empty() && slot.ahead == 0;
+            if (event == Event::Bad || behind || (!slot.busy && event != Event::End)) {
+                log(Level::Error,
+                    "Runner (pid:" + to_string(slot.runner->pid) + ") broke the protocol");
+                signal_runner(*slot.runner, SIGKILL);
+                return lose_slot(slot), false;
             }
-            if (last) { end_reply(event == Event::End); }
-            if (event == Event::Piece && runner_.current != nullptr) {
-                take_reply(*runner_.current, piece);
-            }
+            if (last) { end_reply(slot, event == Event::End); }
+            if (event == Event::Piece && slot.current != nullptr) { take_reply(slot, piece); }
         }
-        Connection* c = runner_.current;
+        Connection* c = slot.current;
         if (c == nullptr || c->state != State::Reply) { return true; }
         flush(*c);
         settle(*c);
@@ -2960,7 +3050,8 @@ private:
     }
 
     /// A piece of the response. The application's head is checked before anything is sent.
-    void take_reply(Connection& c, string_view piece) {
+    void take_reply(Slot& slot, string_view piece) {
+        Connection& c = *slot.current;
         if (c.response.status != 0) { return reply_body(c, piece); }
         c.app_head += piece;
         const size_t end = c.app_head.find("\n\n");
@@ -2969,7 +3060,7 @@ private:
         Error error{500, "a head without end"};
         if (end != string::npos) { error = parse_response(c.app_head.substr(0, end + 1), r); }
         if (error) {
-            abandon();
+            abandon(slot);
             refuse(c, {500, "the application sent " + error.text});
             return settle(c);
         }
@@ -3013,22 +3104,31 @@ private:
         c.out.append("\r\n", kReplyMemory);
     }
 
-    /// The runner has said all it has to say about this request, or that it is ready.
-    void end_reply(bool good) {
-        if (runner_.phase == Phase::Booting) {
-            runner_.phase = Phase::Idle;
-            if (!std::exchange(booted_, true)) {
-                notify();
-                (void)write_some(arbiter_, string_view("", 1));
-            }
-            return next_request(true);
+    /// The application is loaded: this runner serves, and one that did until now finishes what it
+    /// has. To wait until that is idle would be to wait for ever, with many slots.
+    void take_over(Runner& runner) {
+        for (Runner& old : runners_) {
+            if (old.phase != Phase::Serving || runner.dead) { continue; }
+            old.phase = Phase::Retired;
+            leave_if_idle(old);
         }
-        runner_.answered = true;
-        runner_.quick = config_.runner.empty() && now_ < runner_.since + kAhead;
+        runner.phase = Phase::Serving;
+        if (!std::exchange(booted_, true)) {
+            notify();
+            (void)write_some(arbiter_, string_view("", 1));
+        }
+        for (size_t n = runner.slots.size(); n > 0; --n) { next_request(true); }
+    }
+
+    /// The runner has said all it has to say about this request, or that it is ready.
+    void end_reply(Slot& slot, bool good) {
+        if (slot.runner->phase == Phase::Booting) { return take_over(*slot.runner); }
+        slot.answered = true;
+        slot.quick = config_.runner.empty() && now_ < slot.since + kAhead;
         if (good) { failures_ = 0; }
-        Connection* c = std::exchange(runner_.current, nullptr);
-        if (c != nullptr && runner_.out.size() > 0) { runner_.request = c->request_line(); }
-        feed_runner();  // the runner has its next request before this client its response
+        Connection* c = std::exchange(slot.current, nullptr);
+        if (c != nullptr && slot.out.size() > 0) { slot.request = c->request_line(); }
+        feed_runner(slot);  // the runner has its next request before this client its response
         if (c == nullptr) { return; }
         const bool cut = good && c->left > 0;
         if (!good || cut) {
@@ -3049,66 +3149,44 @@ private:
     }
 
     /// Nobody waits for the response any more: the runner is told so.
-    void abandon() {
-        runner_.request = std::exchange(runner_.current, nullptr)->request_line();
-        runner_.out.append("0:,", kPiece);
-        feed_runner();
+    void abandon(Slot& slot) {
+        slot.request = std::exchange(slot.current, nullptr)->request_line();
+        slot.out.append("0:,", kPiece);
+        feed_runner(slot);
     }
 
-    /// The slot is free once the response has ended and the request has gone out entirely.
-    void become_idle() {
-        const bool busy = runner_.phase != Phase::Busy || !runner_.answered;
-        if (busy || !to() || runner_.out.size() > 0) { return; }
-        if (config_.runner.empty()) { runner_.turn = 1 - runner_.turn; }
-        if (std::exchange(runner_.ahead, 0) > 0) {
-            runner_.current = std::exchange(runner_.next, nullptr);
-            begin_request();
-            if (runner_.current == nullptr) { runner_.out.append("0:,", kPiece); }
-            feed_runner();
+    /// The slot is free: the response has ended and the request has gone out entirely.
+    void become_idle(Slot& slot) {
+        Runner& runner = *slot.runner;
+        if (config_.runner.empty()) { slot.turn = 1 - slot.turn; }
+        if (std::exchange(slot.ahead, 0) > 0) {
+            slot.current = std::exchange(slot.next, nullptr);
+            begin_request(slot);
+            if (slot.current == nullptr) { slot.out.append("0:,", kPiece); }
+            feed_runner(slot);
         } else {
-            runner_.phase = Phase::Idle;
-            runner_.deadline = Time::max();
+            slot.busy = false;
+            slot.deadline = Time::max();
         }
-        if (runner_.left > 0 && --runner_.left == 0) { start_successor(); }
-        take_over();
+        if (runner.left > 0 && --runner.left == 0) { start_successor(runner); }
+        if (runner.phase == Phase::Retired) { leave_if_idle(runner); }
         next_request(++served_ % 8 == 0);
     }
 
     /// The runner has had its --max-requests: another is started, and until that has loaded the
     /// application this one goes on.
-    void start_successor() {
-        runner_.left =
-            1;  // should it fail, or another be on its way yet, the next request tries again
-        if (successor_.pid > 0 || predecessor_.pid > 0 || now_ < succeed_again_) { return; }
-        if (Error error = boot(successor_)) {
-            succeed_again_ = now_ + 1s;
-            return log(Level::Error, error.text);
-        }
-        log(Level::Info, "Autorestarting runner (pid:" + to_string(runner_.pid) + ")");
+    void start_successor(Runner& runner) {
+        runner.left = 1;  // should it fail, or not be due yet, the next request tries again
+        if (runner.phase != Phase::Serving || runners_.size() > 1 || now_ < restart_at_) { return; }
+        if (Error error = boot_runner()) { return log(Level::Error, error.text); }
+        log(Level::Info, "Autorestarting runner (pid:" + to_string(runner.pid) + ")");
     }
 
-    void read_successor() {
-        const ssize_t n = read_some(successor_.from, replies_, sizeof replies_);
-        if (n < 0 && would_block()) { return; }
-        string_view in(replies_, static_cast<size_t>(std::max<ssize_t>(n, 0))), piece;
-        const auto event = successor_.reader.next(in, piece);
-        if (n > 0 && event == NetstringReader::Event::NeedMore) { return; }
-        if (event != NetstringReader::Event::End || !in.empty()) {
-            ::kill(-successor_.pid, SIGKILL);
-            return successor_.from.reset();
-        }
-        successor_.phase = Phase::Idle;
-        take_over();
-    }
-
-    /// An idle runner makes way for its successor, and leaves as any Python program does.
-    void take_over() {
-        if (successor_.phase != Phase::Idle || runner_.phase != Phase::Idle || runner_.dead) {
-            return;
-        }
-        predecessor_ = std::exchange(runner_, std::exchange(successor_, Runner()));
-        predecessor_.close_requests();
-        predecessor_.kill_at = now_ + config_.graceful_timeout;
+    /// A retired runner leaves as any Python program does.
+    void leave_if_idle(Runner& runner) {
+        if (runner.busy()) { return; }
+        runner.close_requests();
+        kill_runner_after(runner, config_.graceful_timeout);
     }
 
     /// What waits here has not waited for long, what waits in the queue has: that goes first.
@@ -3119,66 +3197,108 @@ private:
         if (!ready_.empty()) { dispatch(*ready_.front()); }
     }
 
-    /// A pipe is of no use any more: the runner has to go, if need be by SIGKILL.
-    void lose_runner(Clock::duration patience) {
-        wait_again(take_back());
-        runner_.close_requests();
-        runner_.from.reset();
-        runner_.deadline = Time::max();
-        runner_.phase = Phase::Dying;
-        kill_runner_after(patience);
+    /// A pipe is of no use any more: the runner has to go, if need be by SIGKILL. What runs in its
+    /// other slots may still end.
+    void lose_slot(Slot& slot) {
+        Runner& runner = *slot.runner;
+        if (slot.busy || runner.phase != Phase::Retired) { runner.phase = Phase::Dying; }
+        wait_again(take_back(slot));
+        slot.close_requests();
+        slot.from.reset();
+        slot.deadline = Time::max();
+        kill_runner_after(runner, 1s);
     }
 
-    void kill_runner_after(Clock::duration delay) {
-        runner_.kill_at = std::min(runner_.kill_at, now_ + delay);
+    void kill_runner_after(Runner& runner, Clock::duration delay) const {
+        runner.kill_at = std::min(runner.kill_at, now_ + delay);
     }
 
     /// SIGKILL is for whatever the application has forked, too.
-    void signal_runner(int number) {
-        runner_.signal = number;
-        runner_.kill_at = Time::max();
-        ::kill(number == SIGKILL ? -runner_.pid : runner_.pid, number);
+    void signal_runner(Runner& runner, int number) const {
+        runner.signal = number;
+        runner.kill_at = number == SIGKILL ? Time::max() : now_ + kKillDelay;
+        ::kill(number == SIGKILL ? -runner.pid : runner.pid, number);
     }
 
-    /// No frame for `timeout` seconds. faulthandler prints the stack at SIGABRT.
-    void hung_app() {
-        if (stalled()) { return extend_deadline(); }  // the client is slow, not the application
-        Connection* c = std::exchange(runner_.current, nullptr);
-        log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(runner_.pid) + "): no answer for " +
-                                 get<&Config::timeout>(config_) + " s: " +
-                                 escape(c != nullptr ? c->request_line() : runner_.request));
-        signal_runner(SIGABRT);
-        lose_runner(kKillDelay);
+    /// Its time is up. At SIGABRT faulthandler prints the stack of every thread.
+    void end_runner(Runner& runner) const {
+        signal_runner(runner, runner.hung && runner.signal == 0 ? SIGABRT : SIGKILL);
+    }
+
+    /// No frame for `timeout` seconds. What runs in other slots has kKillDelay to end.
+    void hung_app(Slot& slot) {
+        if (stalled(slot)) {
+            return extend_deadline(slot);
+        }  // the client is slow, not the application
+        Runner& runner = *slot.runner;
+        Connection* c = std::exchange(slot.current, nullptr);
+        log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(runner.pid) + "): no answer for " +
+                                 get<&Config::timeout>(config_) +
+                                 " s: " + escape(c != nullptr ? c->request_line() : slot.request));
+        runner.phase = Phase::Dying;
+        runner.hung = true;
+        slot.deadline = Time::max();
+        wait_again(take_back(slot));
+        kill_runner_after(runner, kKillDelay);
         if (c != nullptr) { end_response(*c, false, {504, "the application did not answer"}); }
     }
 
-    /// The runner has ended: its request is answered, and another runner will start.
-    void reap_runner() {
-        int status = 0;
-        for (Runner* each : {&predecessor_, &successor_}) {
-            if (each->pid < 0 || ::waitpid(each->pid, &status, WNOHANG) != each->pid) { continue; }
-            if (each == &successor_) {
-                succeed_again_ = now_ + 1s;
-                log(Level::Error, "Runner (pid:" + to_string(each->pid) + ") " + exit_text(status));
+    /// No work is left for this runner: it leaves as any Python program does, or is killed.
+    void dismiss(Runner& runner) {
+        const bool open = bool(runner.slots[0].pipe()), now = stop_ == Stop::Now;
+        if (open || now) {
+            kill_runner_after(runner, now ? Clock::duration(kKillDelay / 2)
+                                      : runner.phase == Phase::Booting
+                                          ? Clock::duration(0)
+                                          : Clock::duration(config_.graceful_timeout));
+        }
+        if (!open) { return; }
+        dismissed_ = true;
+        runner.close_requests();
+        runner.phase = Phase::Dying;
+    }
+
+    void reap_runners() {
+        for (auto it = runners_.begin(); it != runners_.end();) {
+            const auto each = it++;
+            int status = 0;
+            if (::waitpid(each->pid, &status, WNOHANG) == each->pid) { bury(each, status); }
+        }
+    }
+
+    /// A runner has ended: its requests are answered and, unless it was to go, another will start.
+    void bury(std::list<Runner>::iterator dead, int status) {
+        const bool retired = dead->phase == Phase::Retired;
+        dead->dead = true;
+        for (Slot& slot : dead->slots) {
+            while (slot.from && read_runner(slot)) {}  // what it still said counts
+            wait_again(take_back(slot));
+        }
+        std::list<Runner> gone;
+        gone.splice(gone.begin(), runners_, dead);
+        if (WIFSIGNALED(status)) { ::kill(-dead->pid, SIGKILL); }
+        std::vector<Connection*> lost;
+        string lines;
+        for (const Slot& slot : dead->slots) {
+            for (Connection* c : {slot.current, slot.next}) {
+                if (c == nullptr) { continue; }
+                lost.push_back(c);
+                (lines += lines.empty() ? ": " : ", ") += escape(c->request_line());
             }
-            *each = Runner();
         }
-        if (runner_.pid < 0 || ::waitpid(runner_.pid, &status, WNOHANG) != runner_.pid) { return; }
-        runner_.dead = true;
-        while (runner_.from && read_runner()) {}  // what it still said counts
-        wait_again(take_back());
-        const Runner gone = std::exchange(runner_, Runner());
-        if (WIFSIGNALED(status)) { ::kill(-gone.pid, SIGKILL); }
-        if (has_work() || (status != 0 && gone.signal == 0)) {
-            log(Level::Error,
-                "Runner (pid:" + to_string(gone.pid) + ") " + exit_text(status) +
-                    (gone.signal != 0 ? ", sent by this server" : "") +
-                    (gone.current != nullptr ? ": " + escape(gone.current->request_line()) : ""));
+        const bool expected = retired && status == 0;
+        if ((has_work() && !expected) || (status != 0 && dead->signal == 0)) {
+            log(Level::Error, "Runner (pid:" + to_string(dead->pid) + ") " + exit_text(status) +
+                                  (dead->signal != 0 ? ", sent by this server" : "") + lines);
         }
-        for (Connection* c : {gone.current, gone.next}) {
-            if (c != nullptr) { end_response(*c, false, {502, "the runner died"}); }
-        }
-        if (!has_work()) { return; }
+        for (Connection* c : lost) { end_response(*c, false, {502, "the runner died"}); }
+        if (has_work() && !retired) { runner_failed(status); }
+    }
+
+    /// Sees to it that another starts: at once, or later if none has completed a request.
+    void runner_failed(int status) {
+        restart_at_ = now_ + 1s;
+        if (has_runner(Phase::Serving)) { return; }
         const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
         if (!booted_) { status_ = code == 3 || code >= 126 ? kWorkerBootError : kAppLoadError; }
         const int delay = failures_ == 0 ? 0 : std::min(30, 1 << std::min(failures_ - 1, 5));
@@ -3192,10 +3312,14 @@ private:
     /// With --reload: wakes the arbiter if a file is another than the second before. The runner
     /// adds names to its list, and never takes one away.
     void watch_files() {
+        const auto serving = std::find_if(runners_.begin(), runners_.end(), [](const Runner& each) {
+            return each.phase == Phase::Serving;
+        });
+        if (serving == runners_.end()) { return; }
         Strings names = config_.reload_extra_files;
         string list;
         ssize_t n = 0;
-        while ((n = ::pread(runner_.files.get(), buffer_, kPiece,
+        while ((n = ::pread(serving->files.get(), buffer_, kPiece,
                             static_cast<off_t>(list.size()))) > 0) {
             list.append(buffer_, static_cast<size_t>(n));
         }
@@ -3204,8 +3328,8 @@ private:
         for (size_t i = 0; i < names.size(); ++i) {
             struct stat info {};
             if (::stat(names[i].c_str(), &info) < 0) { continue; }  // an editor replaces it
-            if (i >= runner_.watched.size()) { runner_.watched.resize(i + 1, info.st_mtim); }
-            struct timespec& modified = runner_.watched[i];
+            if (i >= serving->watched.size()) { serving->watched.resize(i + 1, info.st_mtim); }
+            struct timespec& modified = serving->watched[i];
             if (std::memcmp(&modified, &info.st_mtim, sizeof modified) != 0) { changed = names[i]; }
             modified = info.st_mtim;
         }
@@ -3214,20 +3338,24 @@ private:
         (void)write_some(arbiter_, string_view(&kReload, 1));
     }
 
-    Error boot_runner() {
-        restart_at_ = now_ + 1s;  // should it fail
-        runner_ = std::exchange(successor_, Runner());
-        if (runner_.pid < 0) { return boot(runner_); }
-        next_request(true);  // it may be ready already
-        return {};
+    bool has_runner(Phase phase) const {
+        return std::any_of(runners_.begin(), runners_.end(),
+                           [phase](const Runner& each) { return each.phase == phase; });
     }
 
-    Error boot(Runner& runner) {
-        if (Error error = start_runner(config_, runner, files_)) { return error; }
+    Error boot_runner() {
+        Runner& runner = runners_.emplace_back();
+        if (Error error = start_runner(config_, runner, files_)) {
+            runners_.pop_back();
+            restart_at_ = now_ + 1s;
+            return error;
+        }
         const int jitter = config_.max_requests_jitter;
         const int extra = jitter > 0 ? static_cast<int>(::random() % (jitter + 1L)) : 0;
         runner.left = config_.max_requests > 0 ? config_.max_requests + extra : 0;
-        max_fd_ = std::max({max_fd_, runner.to[0].get(), runner.to[1].get(), runner.from.get()});
+        for (const Slot& slot : runner.slots) {
+            max_fd_ = std::max({max_fd_, slot.to[0].get(), slot.to[1].get(), slot.from.get()});
+        }
         return {};
     }
 
@@ -3238,7 +3366,7 @@ private:
     const Fd arbiter_;
     const pid_t arbiter_pid_;
     const rlim_t files_;
-    Runner runner_, successor_, predecessor_;              // the one at work; booting; leaving
+    std::list<Runner> runners_;                            // one serves; others boot or leave
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
     std::vector<Connection*> ready_;                       // complete, waiting here for a runner
     int connected_ = 0, failures_ = 0, status_ = 0, max_fd_ = 0;
@@ -3250,7 +3378,8 @@ private:
     fd_set reads_{}, writes_{}, cold_{};  // what select() watches for the connections
     int colds_ = 0;                       // members of cold_
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
-    Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_, succeed_again_ = now_;
+    Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_;
+    Time last_begin_ = now_;    // when a request went out last
     char replies_[kPiece];      // from the runner; while they are read, buffer_ may be used
     char buffer_[kMaxMessage];  // from a client or the ready queue
 };
@@ -3314,7 +3443,8 @@ private:
         for (const Listener& each : listeners_) { texts.push_back(each.text); }
         log(Level::Info, string("Starting server ") + kVersion);
         log(Level::Info, "Listening at: " + join(texts) + " (" + to_string(::getpid()) + ")");
-        log(Level::Info, "Using worker: " + config_.worker_class);
+        log(Level::Info,
+            "Using worker: " + (config_.threads > 1 ? "gthread" : config_.worker_class));
         int fds[2];
         if (::socketpair(AF_UNIX, SOCK_DGRAM, 0, fds) < 0) { return os_error("no ready queue"); }
         queue_ = {Fd(fds[0]), Fd(fds[1])};
@@ -3586,6 +3716,9 @@ private:
 /// Puts the settings into force: directory, environment, descriptors, logs. `files` gets the
 /// soft limit on descriptors as it was, for the application.
 Error apply(Config& config, rlim_t& files) {
+    if (config.threads > 1 && !config.runner.empty()) {
+        return {1, "--threads is for Python: a --runner has one pair of pipes"};
+    }
     if (!config.chdir.empty() && ::chdir(config.chdir.c_str()) < 0) {
         return os_error("cannot change to " + config.chdir);
     }
@@ -3611,9 +3744,15 @@ Error apply(Config& config, rlim_t& files) {
     }
     files = set_soft_limit(4 * FD_SETSIZE);
     const rlim_t limit = set_soft_limit(4 * FD_SETSIZE);
-    const int others = 20 + static_cast<int>(config.bind.size());  // that select() sees
+    // What select() sees beside clients: three pipes a slot, while a runner is replaced twice.
+    const int others = 14 + 6 * config.threads + static_cast<int>(config.bind.size());
     int most = static_cast<int>(std::min<rlim_t>(limit, FD_SETSIZE)) - others;
-    if (limit < 2 * FD_SETSIZE) { most = std::max(1, (most - 12) / 2); }  // shared with files
+    if (limit < 2 * FD_SETSIZE) {
+        most = (most - 5 - 7 * config.threads) / 2;  // shared with files, and other ends of pipes
+    }
+    if (most < 1 && config.threads > 1) { return {1, "too few descriptors for so many --threads"}; }
+    most = std::max(1, most);
+    files = std::max(files, std::min<rlim_t>(limit, static_cast<rlim_t>(8 * config.threads + 20)));
     if (config.worker_tmp_dir.empty()) {  // a disk that stalls must not look like a dead worker
         const bool shm = ::access("/dev/shm", W_OK | X_OK) == 0;
         config.worker_tmp_dir = shm ? "/dev/shm" : temp_dir();
@@ -3641,9 +3780,9 @@ Error apply(Config& config, rlim_t& files) {
 int check_app(const Config& config, rlim_t files) {
     Runner runner;
     if (start_runner(config, runner, files)) { return kWorkerBootError; }
-    ::fcntl(runner.from.get(), F_SETFL, 0);  // blocking
+    ::fcntl(runner.slots[0].from.get(), F_SETFL, 0);  // blocking
     char byte = 0;
-    const bool loaded = read_some(runner.from, &byte, 1) == 1;
+    const bool loaded = read_some(runner.slots[0].from, &byte, 1) == 1;
     runner.close_requests();
     int status = 0;
     retry([&] { return ::waitpid(runner.pid, &status, 0); });

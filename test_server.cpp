@@ -1533,6 +1533,7 @@ TEST_CASE("every number on the command line has a range") {
         int64_t low, high;
     } cases[] = {
         {"workers", 1, 1000},
+        {"threads", 1, 128},
         {"timeout", 0, 31'536'000},
         {"graceful-timeout", 0, 31'536'000},
         {"header-timeout", 1, 31'536'000},
@@ -1584,6 +1585,7 @@ TEST_CASE("a number of more than 63 bits is out of range, not no number") {
 TEST_CASE("an option takes its value in every usual form") {
     const map<string, string> values = {{"bind", ":81"},
                                         {"workers", "7"},
+                                        {"threads", "7"},
                                         {"worker-class", "sync"},
                                         {"timeout", "7"},
                                         {"graceful-timeout", "7"},
@@ -3847,7 +3849,8 @@ TEST_CASE("the command line, as --print-config shows it") {
         {{"--log-file", "/x"}, {}, {{"error-logfile", "/x"}}},
         {{"--error-logfile", "/x"}, {}, {{"error-logfile", "/x"}}},
         {{"-e", "A=b=c", "--env=D="}, {}, {{"env", "A=b=c,D="}}},
-        {{"-k", "sync"}, {}, {{"worker-class", "sync"}}},
+        {{"-k", "sync"}, {}, {{"worker-class", "sync"}, {"threads", "1"}}},
+        {{"-k", "gthread", "--threads=4"}, {}, {{"worker-class", "gthread"}, {"threads", "4"}}},
         {{"--chdir=/a", "--pythonpath", "/b,/c", "--worker-tmp-dir=/d", "--access-logfile=-",
           "--access-logformat=%(s)s", "--python=/e", "--runner=f g", "--log-level=debug"},
          {},
@@ -3986,6 +3989,9 @@ TEST_CASE("settings that are refused: in a sentence, with the exit status that t
         {{"--limit-request-fields", "0"}, 1, "--limit-request-fields", {}},
         {{"--log-level", "loud"}, 1, "loud", {}},
         {{"-k", "gevent"}, 1, "gevent", {}},
+        {{"-k", "eventlet"}, 1, "eventlet", {}},
+        {{"--threads", "129"}, 1, "--threads", {}},
+        {{"--threads", "2", "--runner", "cat"}, 1, "--runner", {}},
         {{"-e", "novalue"}, 1, "novalue", {}},
         {{"-e", "=x"}, 1, "=x", {}},
         {{"--chdir", "/no/such/directory"}, 1, "/no/such/directory", {}},
@@ -4002,9 +4008,10 @@ TEST_CASE("settings that are refused: in a sentence, with the exit status that t
         {{"app:app", "--", "other:app"}, 2, "other:app", {}},
         {{"--", "app:app", "-w"}, 2, "-w", {}},
     };
-    for (const string name : {"workers", "timeout", "graceful-timeout", "header-timeout", "backlog",
-                              "worker-connections", "limit-request-line", "limit-request-fields",
-                              "limit-request-field_size", "limit-request-body"}) {
+    for (const string name :
+         {"workers", "timeout", "graceful-timeout", "header-timeout", "backlog",
+          "worker-connections", "threads", "limit-request-line", "limit-request-fields",
+          "limit-request-field_size", "limit-request-body"}) {
         rows.push_back({{"--" + name + "=-1"}, 1, "--" + name, {}});
         rows.push_back({{"--" + name, "x"}, 2, "--" + name, {}});
         rows.push_back({{"--" + name, "1.5"}, 2, "--" + name, {}});
@@ -4397,7 +4404,7 @@ map<string, int> load(const Server& server, size_t n, const string& target,
                 ++open;
             }
             char buffer[65536];
-            const bool late = Clock::now() > starts[i] + 10s;
+            const bool late = Clock::now() > starts[i] + 20s;
             const ssize_t got = clients[i]->readable(0ms)
                                     ? ::recv(clients[i]->fd.get(), buffer, sizeof buffer, 0)
                                 : late ? 0
@@ -4817,11 +4824,13 @@ TEST_CASE("runners that are killed at any moment cost a request each, and none r
     REQUIRE(server.wait_ready_workers(2));
     Time next = Clock::now() + 100ms;
     int kills = 0;
+    size_t done = 0;  // before the last of them: without any progress starts back off
     Random random;
     map<string, int> answers = load(server, 16, "/once?id=", [&] {
         if (Clock::now() < next) { return kills < 12; }
         const vector<pid_t> runners = server.runners();
-        if (!runners.empty()) {
+        if (!runners.empty() && runs_of(server).size() >= done + 10) {
+            done = runs_of(server).size();
             ::kill(runners[random.below(runners.size())], SIGKILL);
             ++kills;
         }
@@ -6775,6 +6784,375 @@ atexit.register(mark, "left")
     CHECK(server.log_has("SyntaxError"));
     CHECK(get(server, "/once?last").body == "ok");
     CHECK(server.workers() == workers);
+}
+
+// --- threads --------------------------------------------------------------------------------
+
+/// For applications that run in several threads: some wait for each other, some go on and on.
+const string kThreads = kTools + kOnce + R"py(
+import atexit, hashlib
+atexit.register(mark, "left")
+barrier = threading.Barrier(4)
+
+def meet(environ, start_response):
+    barrier.wait(5)
+    return reply(start_response, environ["wsgi.multithread"])
+
+def stay(environ, start_response):  # until its own gate opens
+    name = environ["QUERY_STRING"]
+    mark("at_" + name)
+    wait("go_" + name)
+    return reply(start_response, name)
+
+def hang(environ, start_response):
+    mark("hung")
+    time.sleep(60)
+
+def quit(environ, start_response):
+    sys.exit("the application quits")
+
+def stream(environ, start_response):
+    data = environ["QUERY_STRING"].encode()
+    start_response("200 OK", [])
+    for i in range(50):
+        yield data * 100
+
+def digest(environ, start_response):
+    data = environ["wsgi.input"].read()
+    return reply(start_response, hashlib.sha1(data).hexdigest() + str(len(data)))
+
+def page(environ, start_response):
+    return reply(start_response, environ["QUERY_STRING"] * 5000)
+)py";
+
+/// Lets the requests of stay() that have these names answer.
+void let_go(const Server& server, const vector<string>& names) {
+    for (const string& name : names) { write_file(server.dir.path + "/go_" + name, ""); }
+}
+
+/// Starts requests of stay() with these names, and waits until all run.
+vector<Client> start_stays(const Server& server, const vector<string>& names) {
+    vector<Client> clients;
+    for (const string& name : names) {
+        clients.emplace_back(server);
+        clients.back().send(get_bytes("/stay?" + name));
+        REQUIRE(wait_file(server, "at_" + name));
+    }
+    return clients;
+}
+
+TEST_CASE("with --threads as many requests run at a time in one runner, and others wait") {
+    Server server(kThreads, {"-w", "1", "--threads", "4"});
+    CHECK(server.log_has("Using worker: gthread\n"));
+    CHECK(server.runners().size() == 1);
+    for (int round = 0; round < 3; ++round) {
+        vector<Client> four = hold(server, 4, get_bytes("/meet"));
+        for (Client& client : four) { CHECK(Reply(client.read_all()).body == "True"); }
+    }
+    vector<Client> busy = start_stays(server, {"a", "b", "c", "d"});
+    Client fifth(server);
+    fifth.send(get_bytes("/stay?e"));
+    CHECK_FALSE(fifth.readable(300ms));
+    CHECK_FALSE(wait_for([&] { return exists(server.dir.path + "/at_e"); }, 100ms));
+    let_go(server, {"c"});
+    CHECK(Reply(busy[2].read_all()).body == "c");
+    CHECK(wait_file(server, "at_e"));  // in the slot that has become free
+    let_go(server, {"a", "b", "d", "e"});
+    CHECK(Reply(fifth.read_all()).body == "e");
+    for (const size_t i : {0U, 1U, 3U}) { CHECK(Reply(busy[i].read_all()).status == 200); }
+    CHECK_FALSE(contains(server.log(), "[ERROR]"));
+}
+
+TEST_CASE("-k gthread with one thread is the same as sync") {
+    const Server server(kTools +
+                            "\ndef threads(environ, start_response):\n"
+                            "    return reply(start_response, '%s %d' % "
+                            "(environ['wsgi.multithread'], threading.active_count()))\n",
+                        {"-w", "1", "-k", "gthread"});
+    CHECK(server.log_has("Using worker: gthread\n"));
+    CHECK(get(server, "/threads").body == "False 1");
+}
+
+TEST_CASE("responses and bodies of many threads never mix, and no descriptor is lost") {
+    raise_descriptors();
+    Server server(kThreads + kHold, {"-w", "2", "--threads", "4"});
+    REQUIRE(server.wait_ready_workers(2));
+    const auto descriptors = [&] {
+        string counts;
+        for (const pid_t pid : processes_with(server.mark)) {
+            counts += output_of("ls /proc/" + to_string(pid) + "/fd | wc -l") + " ";
+        }
+        return counts;
+    };
+    CHECK(answered(server, 20) == 20);
+    const string before = descriptors();
+    for (size_t round = 0; round < 3; ++round) {
+        vector<Client> clients;
+        vector<string> expected;
+        for (size_t i = 0; i < 200; ++i) {
+            const string id = "<" + to_string(round * 1000 + i) + ">";
+            clients.emplace_back(server);
+            if (i % 4 == 0) {
+                const size_t size = i % 8 == 0 ? i * 2000 : i;
+                const string body(size, static_cast<char>('a' + i % 26));
+                write_file(server.dir.path + "/body", body);
+                CHECK(clients.back().send(sized("POST /digest", body)));
+                expected.push_back(
+                    output_of("sha1sum < " + server.dir.path + "/body | cut -c1-40") +
+                    to_string(size));
+                continue;
+            }
+            const string kind = i % 4 == 1 ? "page" : i % 4 == 2 ? "stream" : "once";
+            clients.back().send(get_bytes("/" + kind + "?" + id));
+            expected.emplace_back(kind == "once" ? "ok" : "");
+            for (int n = 0; n < 5000 && kind != "once"; ++n) { expected.back() += id; }
+        }
+        for (size_t i = 0; i < clients.size(); ++i) {
+            const Reply reply(clients[i].read_all());
+            CHECK(reply.status == 200);
+            CHECK(reply.whole);
+            CHECK((reply.body == expected[i]));
+        }
+    }
+    const map<string, int> runs = runs_of(server);
+    CHECK(runs.size() == 150);
+    for (const auto& each : runs) { CHECK(each.second == 1); }
+    CHECK_MESSAGE(wait_for([&] { return descriptors() == before; }),
+                  (before + "→ " + descriptors()));
+    CHECK_FALSE(contains(server.log(), "[ERROR]"));
+}
+
+TEST_CASE("requests that take about a millisecond run once each in threads, too") {
+    Server server(kThreads, {"-w", "2", "--threads", "3"});
+    REQUIRE(server.wait_ready_workers(2));
+    const Time end = Clock::now() + 1500ms;
+    map<string, int> answers = load(server, 16, "/jitter?id=", [&] { return Clock::now() < end; });
+    CHECK_MESSAGE(answers.size() == 1, show_answers(answers));
+    const map<string, int> runs = runs_of(server);
+    CHECK(static_cast<int>(runs.size()) == answers["200 ok"]);
+    for (const auto& each : runs) { CHECK(each.second == 1); }
+    CHECK_FALSE(contains(server.log(), "[ERROR]"));
+}
+
+TEST_CASE("a hung slot costs the runner; what ends in other slots before that is answered") {
+    Server server(kThreads, {"-w", "1", "--threads", "4", "-t", "2"});
+    const pid_t runner = server.runners()[0];
+    const Time start = Clock::now();
+    Client hung(server);
+    hung.send(get_bytes("/hang?q=1"));
+    REQUIRE(wait_file(server, "hung"));
+    ::poll(nullptr, 0, 1000);
+    vector<Client> others = start_stays(server, {"early", "late", "never"});
+    let_go(server, {"early"});
+    CHECK(Reply(others[0].read_all()).body == "early");
+    CHECK(Reply(hung.read_all()).status == 504);
+    CHECK(seconds_since(start) < 2.4);
+    let_go(server, {"late"});
+    CHECK(Reply(others[1].read_all()).body == "late");
+    Client during(server);
+    during.send(get_bytes("/hello"));  // not for this runner any more
+    CHECK(Reply(others[2].read_all()).status == 502);
+    CHECK(seconds_since(start) < 3.4);
+    CHECK(Reply(during.read_all()).body == "hello");
+    const string log = server.log();
+    CAPTURE(log);
+    CHECK(contains(log, "WORKER TIMEOUT (pid:" + to_string(runner) +
+                            "): no answer for 2 s: GET /hang?q=1 HTTP/1.1"));
+    CHECK(count(log, "WORKER TIMEOUT") == 1);
+    CHECK(contains(log, "in hang\n"));
+    CHECK(contains(log, "(Aborted), sent by this server: GET /stay?never HTTP/1.1\n"));
+    CHECK(contains(log, "the runner died: GET /stay?never HTTP/1.1"));
+    CHECK_FALSE(contains(log, "GET /stay?late"));
+    CHECK(server.runners().size() == 1);
+    CHECK_FALSE(has_pid(server.runners(), runner));
+    CHECK(count(log, "Booting worker") == 1);
+}
+
+TEST_CASE("a hung slot alone in its runner gets its 504 and SIGABRT at once, as do two together") {
+    Server server(kThreads, {"-w", "1", "--threads", "2", "-t", "1"});
+    for (const size_t n : {1U, 2U}) {
+        const Time start = Clock::now();
+        vector<Client> hung = hold(server, n, get_bytes("/hang"));
+        for (Client& client : hung) { CHECK(Reply(client.read_all()).status == 504); }
+        CHECK(seconds_since(start) < 1.4);
+        CHECK(get(server, "/hello").body == "hello");
+        CHECK(seconds_since(start) < 2);
+    }
+    CHECK(count(server.log(), "WORKER TIMEOUT") == 3);
+    CHECK(count(server.log(), "(Aborted), sent by this server") == 2);
+}
+
+TEST_CASE("kill -9 of a runner with three requests: three 502, and the log names each") {
+    Server server(kThreads, {"-w", "1", "--threads", "4"});
+    const pid_t runner = server.runners()[0];
+    vector<Client> three = start_stays(server, {"a", "b", "c"});
+    ::kill(runner, SIGKILL);
+    for (Client& client : three) { CHECK(Reply(client.read_all()).status == 502); }
+    CHECK(
+        server.log_has("was ended by signal 9 (Killed): GET /stay?a HTTP/1.1, GET /stay?b "
+                       "HTTP/1.1, GET /stay?c HTTP/1.1\n"));
+    for (const string name : {"a", "b", "c"}) {
+        CHECK(server.log_has("the runner died: GET /stay?" + name + " HTTP/1.1"));
+        CHECK(server.access_has("GET /stay?" + name + " HTTP/1.1\" 502 "));
+    }
+    CHECK(get(server, "/hello").body == "hello");
+}
+
+TEST_CASE("runners with threads that are killed at any moment run no request twice") {
+    Server server(kThreads, {"-w", "2", "--threads", "3"});
+    REQUIRE(server.wait_ready_workers(2));
+    Time next = Clock::now() + 100ms;
+    int kills = 0;
+    size_t done = 0;  // before the last of them: without any progress starts back off
+    Random random;
+    map<string, int> answers = load(server, 16, "/jitter?id=", [&] {
+        if (Clock::now() < next) { return kills < 10; }
+        const vector<pid_t> runners = server.runners();
+        if (!runners.empty() && runs_of(server).size() >= done + 10) {
+            done = runs_of(server).size();
+            ::kill(runners[random.below(runners.size())], SIGKILL);
+            ++kills;
+        }
+        next = Clock::now() + std::chrono::milliseconds(60 + random.below(60));
+        return kills < 10;
+    });
+    CAPTURE(show_answers(answers));
+    const int good = answers["200 ok"], bad = answers["502 502 Bad Gateway\n"];
+    CHECK(answers.size() == 2);
+    CHECK(good > 100);
+    CHECK(bad <= kills * 4);  // three run, and one may have been read ahead
+    for (const auto& each : runs_of(server)) { CHECK(each.second == 1); }
+}
+
+TEST_CASE("a graceful stop finishes what runs in all threads, and atexit handlers run once") {
+    Server server(kThreads, {"-w", "1", "--threads", "4"});
+    vector<Client> four = start_stays(server, {"a", "b", "c", "d"});
+    Client fifth(server);
+    fifth.send(get_bytes("/hello"));
+    server.signal(SIGTERM);
+    CHECK(server.log_has("Handling signal: term"));
+    CHECK_FALSE(server.wait_end(200ms));
+    let_go(server, {"d", "b", "a", "c"});
+    for (Client& client : four) { CHECK(Reply(client.read_all()).status == 200); }
+    CHECK(Reply(fifth.read_all()).body == "hello");
+    REQUIRE(server.wait_end());
+    CHECK(server.exit_code() == 0);
+    CHECK(read_file(server.dir.path + "/left") == "x");
+    CHECK_FALSE(contains(server.log(), "[ERROR]"));
+    CHECK_FALSE(contains(server.log(), "Traceback"));
+}
+
+TEST_CASE(
+    "with threads, SIGQUIT ends all within a second, and a client that leaves frees its slot") {
+    Server server(kThreads, {"-w", "1", "--threads", "2"});
+    vector<Client> two = start_stays(server, {"a", "b"});
+    two[0].reset();
+    CHECK(server.access_has("GET /stay?a HTTP/1.1\" 499 "));
+    let_go(server, {"a"});
+    CHECK(get(server, "/hello").body == "hello");
+    const Time start = Clock::now();
+    server.signal(SIGQUIT);
+    REQUIRE(server.wait_end());
+    CHECK(wait_for([&] { return processes_with(server.mark).empty(); }));
+    CHECK(seconds_since(start) < 1.2);
+}
+
+TEST_CASE("sys.exit() of the application: 502 in the main thread as ever, 500 in another") {
+    Server server(kThreads, {"-w", "1", "--threads", "2"});
+    vector<Client> first = start_stays(server, {"a"});
+    CHECK(get(server, "/quit").status == 500);
+    CHECK(server.log_has("SystemExit: the application quits"));
+    CHECK(get(server, "/hello").body == "hello");  // the thread goes on
+    let_go(server, {"a"});
+    CHECK(Reply(first[0].read_all()).body == "a");
+    vector<Client> other;
+    Client quits(server);
+    quits.send(get_bytes("/quit"));
+    CHECK(Reply(quits.read_all()).status == 502);
+    CHECK(server.log_has("exited with status 1: GET /quit HTTP/1.1"));
+    CHECK(get(server, "/hello").body == "hello");
+}
+
+TEST_CASE("runners with threads are recycled: nothing fails, nothing waits for a long request") {
+    Server server(kThreads, {"-w", "1", "--threads", "4", "--max-requests", "20"});
+    const pid_t first = server.runners()[0];
+    vector<Client> slow = start_stays(server, {"slow"});  // while the successor takes over
+    int good = 0;
+    for (const auto& each : load(server, 4, "/once?id=", [&] { return ++good < 400; })) {
+        CHECK_MESSAGE(each.first == "200 ok", each.first);
+    }
+    CHECK(server.log_has("Autorestarting runner (pid:" + to_string(first) + ")"));
+    CHECK(wait_for([&] { return server.runners().size() == 2; }));
+    CHECK(count(server.log(), "Autorestarting") == 1);  // two at a time, not more
+    CHECK_FALSE(exists(server.dir.path + "/left"));
+    let_go(server, {"slow"});
+    CHECK(Reply(slow[0].read_all()).body == "slow");
+    CHECK(wait_file(server, "left"));  // as any Python program leaves
+    const Time end = Clock::now() + 1s;
+    map<string, int> answers = load(server, 4, "/hello", [&] { return Clock::now() < end; });
+    CHECK_MESSAGE(answers.size() == 1, show_answers(answers));
+    CHECK(count(server.log(), "Autorestarting") > 2);
+    CHECK(wait_for([&] { return server.runners().size() == 1; }));
+    for (const auto& each : runs_of(server)) { CHECK(each.second == 1); }
+    CHECK_FALSE(contains(server.log(), "[ERROR]"));
+}
+
+TEST_CASE(
+    "a child that a thread forks has no part in the bridge, and prints go where they should") {
+    Server server(kTools + R"py(
+
+def fork(environ, start_response):
+    pid = os.fork()
+    if pid == 0:  # whose writes to any descriptor would be seen
+        for fd in range(3, 1024):
+            try:
+                os.write(fd, b"5:wrong,")
+            except OSError:
+                pass
+        os._exit(0)
+    os.waitpid(pid, 0)
+    print("printed by", threading.current_thread() is threading.main_thread())
+    mark("forked")
+    wait("go")
+    return reply(start_response, "forked")
+)py",
+                  {"-w", "1", "--threads", "3"});
+    vector<Client> clients;
+    for (size_t i = 0; i < 3; ++i) {
+        clients.emplace_back(server);
+        clients.back().send(get_bytes("/fork"));
+        REQUIRE(wait_file(server, "forked", i + 1));
+    }
+    open_gate(server);
+    for (Client& client : clients) { CHECK(Reply(client.read_all()).body == "forked"); }
+    CHECK(count(server.log(), "printed by True\n") == 1);
+    CHECK(count(server.log(), "printed by False\n") == 2);
+    CHECK_FALSE(contains(server.log(), "protocol"));
+}
+
+TEST_CASE("the most threads, and how many connections and descriptors are left beside them") {
+    raise_descriptors();
+    const auto start = [](rlim_t descriptors, const string& threads) {
+        const Limit limit(RLIMIT_NOFILE, descriptors);
+        return std::make_unique<Server>(
+            kThreads, vector<string>{"-w", "1", "--threads", threads, "--max-requests", "300"},
+            vector<string>{}, false);
+    };
+    for (const rlim_t descriptors : {256U, 4096U}) {
+        const auto server = start(descriptors, descriptors > 1000 ? "128" : "8");
+        REQUIRE_MESSAGE(server->wait_ready_workers(1), server->log());
+        CHECK(server->log_has("--worker-connections lowered from 1000 to "));
+        for (int round = 0; round < 3; ++round) {  // into the time of a successor
+            vector<Client> clients = hold(*server, 150, get_bytes("/once"));
+            for (Client& client : clients) { CHECK(Reply(client.read_all()).body == "ok"); }
+        }
+        CHECK(server->log_has("Autorestarting"));
+        CHECK_FALSE(contains(server->log(), "[ERROR]"));
+    }
+    const auto server = start(256, "64");
+    CHECK(server->wait_end());
+    CHECK(server->exit_code() == 1);
+    CHECK(server->log() == "Error: too few descriptors for so many --threads\n");
 }
 
 /// The masters that an upgrade of this server has started.
