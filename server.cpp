@@ -191,8 +191,9 @@ size_t resize_pipe(const Fd& fd, int bytes) {
 #endif
 }
 
-/// A pipe with a second, non-blocking reading end, for who wrote to take it back: POSIX gives two
-/// readers flags of their own only where both have opened it, so it is a FIFO for a moment.
+/// A pipe that is read blocking and written non-blocking, with a second, non-blocking reading end
+/// for who wrote to take it back: POSIX gives two readers flags of their own only where both have
+/// opened it, so it is a FIFO for a moment.
 Error make_fifo(string dir, Pair& made, Fd& back) {
     dir += "/server-XXXXXX";
     const bool made_dir = ::mkdtemp(dir.data()) != nullptr;
@@ -201,7 +202,7 @@ Error make_fifo(string dir, Pair& made, Fd& back) {
         back = raise_fd(Fd(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)));
         made.second = Fd(::open(path.c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC));
         made.first = Fd(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
-        for (const Fd* end : {&made.first, &made.second}) { ::fcntl(end->get(), F_SETFL, 0); }
+        ::fcntl(made.first.get(), F_SETFL, 0);
     }
     const Error error = back && made.first && made.second ? Error{} : os_error("no FIFO " + path);
     ::unlink(path.c_str());
@@ -1979,7 +1980,8 @@ private:
     bool in_payload_ = false;
 };
 
-enum class Phase { Booting, Serving, Retired, Dying };  // Retired: it finishes what it has
+// Retired: a successor serves, this one finishes what it has. Hung: SIGABRT comes before SIGKILL.
+enum class Phase { Booting, Serving, Retired, Hung, Dying };
 
 struct Connection;
 struct Runner;
@@ -2015,8 +2017,7 @@ struct Runner {
     pid_t pid = -1;
     std::vector<Slot> slots;
     bool new_log = false;        // it has to be told where the error log is
-    bool hung = false;           // SIGABRT comes before SIGKILL
-    Time kill_at = Time::max();  // a signal for a runner that should be gone
+    Time kill_at = Time::max();  // SIGKILL for a runner that should be gone
     int signal = 0;              // the last signal that we sent it
     bool dead = false;           // it has ended; what it still said is being read
     int left = 0;                // requests until its successor is started; 0: no limit
@@ -2037,8 +2038,7 @@ struct Runner {
     }
 };
 
-/// Makes the pipes of a slot. The runner's ends are added to `ends`: two of requests, one of
-/// replies.
+/// Makes the pipes of a slot; to `ends` go the runner's, two of requests and one of replies.
 Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     for (const int i : {0, 1}) {
         Pair requests;
@@ -2053,13 +2053,14 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     Pair replies;
     if (Error error = make_pipe(replies)) { return error; }
     (void)resize_pipe(replies.first, 1 << 18);
+    set_flags(replies.first.get(), true);
     slot.from = std::move(replies.first);
     ends.push_back(raise_fd(std::move(replies.second)));
     return {};
 }
 
-/// In the forked child: becomes the runner. Only its ends of the pipes go with it; those of the
-/// first slot are its standard input and output, and the others are for Python alone.
+/// In the forked child: becomes the runner. Its ends of the pipes alone go with it: of the first
+/// slot as standard input and output, and for Python all of them, as they are.
 [[noreturn]] void exec_runner(const Config& config, const std::vector<Fd>& ends, const string& boot,
                               pid_t worker, rlim_t files) {
     for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
@@ -2088,7 +2089,8 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     ::_exit(kWorkerBootError);
 }
 
-/// Starts a runner that imports the application. `files`: its soft limit on descriptors.
+/// Starts a runner, which imports the application once it has been given what is in `out` of its
+/// first slot. `files`: its soft limit on descriptors.
 Error start_runner(const Config& config, Runner& runner, rlim_t files) {
     runner.slots = std::vector<Slot>(static_cast<size_t>(config.threads));
     std::vector<Fd> ends;
@@ -2118,13 +2120,7 @@ Error start_runner(const Config& config, Runner& runner, rlim_t files) {
     block_signals(false);
     if (runner.pid < 0) { return os_error("cannot fork"); }
     ::setpgid(runner.pid, runner.pid);  // here too: a signal to its group may be due before it runs
-    // waitpid() tells if it died meanwhile.
-    if (config.runner.empty()) { (void)write_all(runner.slots[0].pipe(), source); }
-    for (const Slot& slot : runner.slots) {
-        for (const Fd* end : {&slot.to[0], &slot.to[1], &slot.from}) {
-            set_flags(end->get(), true);
-        }
-    }
+    if (config.runner.empty()) { runner.slots[0].out.append(source, source.size()); }
     return {};
 }
 
@@ -2338,12 +2334,10 @@ private:
             return fd && FD_ISSET(fd.get(), &set);
         };
         if (is_set(g_self_pipe.first, reads)) { handle_signals(); }
-        for (Runner& runner : runners_) {
-            for (Slot& slot : runner.slots) {
-                if (is_set(slot.pipe(), writes)) { feed_runner(slot); }
-                if (is_set(slot.from, reads)) { read_runner(slot); }
-            }
-        }
+        each_slot([&](Slot& slot) {
+            if (is_set(slot.pipe(), writes)) { feed_runner(slot); }
+            if (is_set(slot.from, reads)) { read_runner(slot); }
+        });
         if (is_set(queue_.second, reads)) { next_request(true); }
         for (int fd = 0; fd <= max_fd_; ++fd) {
             const bool readable = FD_ISSET(fd, &reads), writable = FD_ISSET(fd, &writes);
@@ -2357,11 +2351,9 @@ private:
             if (!has_idle_slot() && is_set(each.fd, reads)) { accept_clients(); }
         }
         run_ahead();
-        for (Runner& runner : runners_) {
-            for (Slot& slot : runner.slots) {
-                if (now_ >= take_back_at(slot)) { wait_again(take_back(slot)); }
-            }
-        }
+        each_slot([this](Slot& slot) {
+            if (now_ >= take_back_at(slot)) { wait_again(take_back(slot)); }
+        });
         pass_on();
         if (now_ >= next_tick_) { tick(); }
     }
@@ -2385,14 +2377,12 @@ private:
     /// Completes the sets with what depends on the runner, and says when to wake at the latest.
     Time prepare(fd_set& reads, fd_set& writes) {
         Time until = std::min(next_tick_, pass_at());
-        for (const Runner& runner : runners_) {
-            for (const Slot& slot : runner.slots) {
-                if (slot.pipe() && slot.out.size() > 0) { FD_SET(slot.pipe().get(), &writes); }
-                if (!slot.from || stalled(slot)) { continue; }
-                FD_SET(slot.from.get(), &reads);
-                until = std::min(until, take_back_at(slot));
-            }
-        }
+        each_slot([&](const Slot& slot) {
+            if (slot.pipe() && slot.out.size() > 0) { FD_SET(slot.pipe().get(), &writes); }
+            if (!slot.from || stalled(slot)) { return; }
+            FD_SET(slot.from.get(), &reads);
+            until = std::min(until, take_back_at(slot));
+        });
         const bool room = connected_ <= config_.worker_connections || find_victim() != nullptr;
         if (wants_request() && room && takes_from_queue()) { FD_SET(queue_.second.get(), &reads); }
         // A busy worker leaves connections to idle ones for a while: or all would wake for one.
@@ -2410,7 +2400,8 @@ private:
     void run_ahead() {
         for (int round = 0; round < 8; ++round) {
             if (booted_ && wants_request()) { accept_clients(); }
-            Slot* slot = last_begin_ == now_ ? just_begun() : nullptr;
+            Slot* slot = nullptr;  // whose request went out just now
+            each_slot([&](Slot& each) { slot = each.busy && each.since == now_ ? &each : slot; });
             if (slot == nullptr) { return; }
             if (slot->ahead == 0) { ::sched_yield(); }
             now_ = Clock::now();
@@ -2446,16 +2437,15 @@ private:
     }
 
     void tick_runners() {
+        each_slot([this](Slot& slot) {
+            if (now_ >= slot.deadline) { hung_app(slot); }
+        });
         for (Runner& runner : runners_) {
-            for (Slot& slot : runner.slots) {
-                if (now_ >= slot.deadline) { hung_app(slot); }
-            }
-            if (!has_work()) { dismiss(runner); }
-            const bool over = runner.hung && runner.signal == 0 && !runner.awaited();
+            const bool over = runner.phase == Phase::Hung && !runner.awaited();
             if (over || now_ >= runner.kill_at) { end_runner(runner); }
+            if (!has_work()) { dismiss(runner); }
         }
-        const bool wanted =
-            !has_runner(Phase::Booting) && !has_runner(Phase::Serving) && !has_runner(Phase::Dying);
+        const bool wanted = runners_in(Phase::Retired) == runners_.size();
         if (wanted && now_ >= restart_at_ && has_work()) {
             if (Error error = boot_runner()) { log(Level::Error, error.text); }
         }
@@ -2755,15 +2745,13 @@ private:
         if (c.state != State::Linger && !c.pass.silent) {
             write_access(c, c.response.status != 0 ? c.response.status : 499);
         }
-        for (Runner& runner : runners_) {
-            for (Slot& slot : runner.slots) {
-                if (slot.current == &c) { abandon(slot); }
-                if (slot.ahead > 0 && slot.next == &c && take_back(slot) == nullptr) {
-                    slot.next = nullptr;  // it has begun
-                    slot.request = c.request_line();
-                }
+        each_slot([&](Slot& slot) {
+            if (slot.current == &c) { abandon(slot); }
+            if (slot.ahead > 0 && slot.next == &c && take_back(slot) == nullptr) {
+                slot.next = nullptr;  // it has begun
+                slot.request = c.request_line();
             }
-        }
+        });
         set_state(c, State::Done);
     }
 
@@ -2912,6 +2900,19 @@ private:
 
     // --- the runner -------------------------------------------------------------------------
 
+    template <typename Action>
+    void each_slot(Action action) {
+        for (Runner& runner : runners_) {
+            for (Slot& slot : runner.slots) { action(slot); }
+        }
+    }
+
+    size_t runners_in(Phase phase) const {
+        return static_cast<size_t>(
+            std::count_if(runners_.begin(), runners_.end(),
+                          [phase](const Runner& each) { return each.phase == phase; }));
+    }
+
     static bool stalled(const Slot& slot) {
         return slot.current != nullptr && slot.current->out.full();
     }
@@ -2936,16 +2937,6 @@ private:
     bool has_idle_slot() {
         const Slot* slot = find_slot();
         return slot != nullptr && !slot->busy;
-    }
-
-    /// The slot whose request went out in this very moment.
-    Slot* just_begun() {
-        for (Runner& runner : runners_) {
-            for (Slot& slot : runner.slots) {
-                if (slot.busy && slot.since == now_) { return &slot; }
-            }
-        }
-        return nullptr;
     }
 
     /// Gives a request to the runner, perhaps ahead of its time; false if it has to wait.
@@ -3036,8 +3027,8 @@ private:
             if (event == Event::Bad || behind || (!slot.busy && event != Event::End)) {
                 log(Level::Error,
                     "Runner (pid:" + to_string(slot.runner->pid) + ") broke the protocol");
-                signal_runner(*slot.runner, SIGKILL);
-                return lose_slot(slot), false;
+                lose_slot(slot);
+                return end_runner(*slot.runner), false;
             }
             if (last) { end_reply(slot, event == Event::End); }
             if (event == Event::Piece && slot.current != nullptr) { take_reply(slot, piece); }
@@ -3158,6 +3149,7 @@ private:
     /// The slot is free: the response has ended and the request has gone out entirely.
     void become_idle(Slot& slot) {
         Runner& runner = *slot.runner;
+        slot.out = Spool();  // with its file: this slot may rest for long
         if (config_.runner.empty()) { slot.turn = 1 - slot.turn; }
         if (std::exchange(slot.ahead, 0) > 0) {
             slot.current = std::exchange(slot.next, nullptr);
@@ -3213,16 +3205,13 @@ private:
         runner.kill_at = std::min(runner.kill_at, now_ + delay);
     }
 
-    /// SIGKILL is for whatever the application has forked, too.
-    void signal_runner(Runner& runner, int number) const {
-        runner.signal = number;
-        runner.kill_at = number == SIGKILL ? Time::max() : now_ + kKillDelay;
-        ::kill(number == SIGKILL ? -runner.pid : runner.pid, number);
-    }
-
-    /// Its time is up. At SIGABRT faulthandler prints the stack of every thread.
+    /// At SIGABRT faulthandler prints the stacks; SIGKILL is for what the application forked, too.
     void end_runner(Runner& runner) const {
-        signal_runner(runner, runner.hung && runner.signal == 0 ? SIGABRT : SIGKILL);
+        const bool hung = runner.phase == Phase::Hung;
+        runner.phase = Phase::Dying;
+        runner.signal = hung ? SIGABRT : SIGKILL;
+        runner.kill_at = hung ? now_ + kKillDelay : Time::max();
+        ::kill(hung ? runner.pid : -runner.pid, runner.signal);
     }
 
     /// No frame for `timeout` seconds. What runs in other slots has kKillDelay to end.
@@ -3235,8 +3224,7 @@ private:
         log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(runner.pid) + "): no answer for " +
                                  get<&Config::timeout>(config_) +
                                  " s: " + escape(c != nullptr ? c->request_line() : slot.request));
-        runner.phase = Phase::Dying;
-        runner.hung = true;
+        if (runner.signal == 0) { runner.phase = Phase::Hung; }
         slot.deadline = Time::max();
         wait_again(take_back(slot));
         kill_runner_after(runner, kKillDelay);
@@ -3246,12 +3234,10 @@ private:
     /// No work is left for this runner: it leaves as any Python program does, or is killed.
     void dismiss(Runner& runner) {
         const bool open = bool(runner.slots[0].pipe()), now = stop_ == Stop::Now;
-        if (open || now) {
-            kill_runner_after(runner, now ? Clock::duration(kKillDelay / 2)
-                                      : runner.phase == Phase::Booting
-                                          ? Clock::duration(0)
-                                          : Clock::duration(config_.graceful_timeout));
-        }
+        const bool booting = runner.phase == Phase::Booting;
+        const Clock::duration quick = booting ? 0ms : kKillDelay / 2,
+                              slow = config_.graceful_timeout;
+        if (open || now) { kill_runner_after(runner, now || booting ? quick : slow); }
         if (!open) { return; }
         dismissed_ = true;
         runner.close_requests();
@@ -3267,19 +3253,20 @@ private:
     }
 
     /// A runner has ended: its requests are answered and, unless it was to go, another will start.
-    void bury(std::list<Runner>::iterator dead, int status) {
-        const bool retired = dead->phase == Phase::Retired;
-        dead->dead = true;
-        for (Slot& slot : dead->slots) {
+    void bury(std::list<Runner>::iterator found, int status) {
+        Runner& runner = *found;
+        const bool retired = runner.phase == Phase::Retired;
+        runner.dead = true;
+        for (Slot& slot : runner.slots) {
             while (slot.from && read_runner(slot)) {}  // what it still said counts
             wait_again(take_back(slot));
         }
         std::list<Runner> gone;
-        gone.splice(gone.begin(), runners_, dead);
-        if (WIFSIGNALED(status)) { ::kill(-dead->pid, SIGKILL); }
+        gone.splice(gone.begin(), runners_, found);
+        if (WIFSIGNALED(status)) { ::kill(-runner.pid, SIGKILL); }
         std::vector<Connection*> lost;
         string lines;
-        for (const Slot& slot : dead->slots) {
+        for (const Slot& slot : runner.slots) {
             for (Connection* c : {slot.current, slot.next}) {
                 if (c == nullptr) { continue; }
                 lost.push_back(c);
@@ -3287,9 +3274,9 @@ private:
             }
         }
         const bool expected = retired && status == 0;
-        if ((has_work() && !expected) || (status != 0 && dead->signal == 0)) {
-            log(Level::Error, "Runner (pid:" + to_string(dead->pid) + ") " + exit_text(status) +
-                                  (dead->signal != 0 ? ", sent by this server" : "") + lines);
+        if ((has_work() && !expected) || (status != 0 && runner.signal == 0)) {
+            log(Level::Error, "Runner (pid:" + to_string(runner.pid) + ") " + exit_text(status) +
+                                  (runner.signal != 0 ? ", sent by this server" : "") + lines);
         }
         for (Connection* c : lost) { end_response(*c, false, {502, "the runner died"}); }
         if (has_work() && !retired) { runner_failed(status); }
@@ -3298,7 +3285,7 @@ private:
     /// Sees to it that another starts: at once, or later if none has completed a request.
     void runner_failed(int status) {
         restart_at_ = now_ + 1s;
-        if (has_runner(Phase::Serving)) { return; }
+        if (runners_in(Phase::Serving) > 0) { return; }
         const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
         if (!booted_) { status_ = code == 3 || code >= 126 ? kWorkerBootError : kAppLoadError; }
         const int delay = failures_ == 0 ? 0 : std::min(30, 1 << std::min(failures_ - 1, 5));
@@ -3338,11 +3325,6 @@ private:
         (void)write_some(arbiter_, string_view(&kReload, 1));
     }
 
-    bool has_runner(Phase phase) const {
-        return std::any_of(runners_.begin(), runners_.end(),
-                           [phase](const Runner& each) { return each.phase == phase; });
-    }
-
     Error boot_runner() {
         Runner& runner = runners_.emplace_back();
         if (Error error = start_runner(config_, runner, files_)) {
@@ -3350,6 +3332,7 @@ private:
             restart_at_ = now_ + 1s;
             return error;
         }
+        feed_runner(runner.slots[0]);
         const int jitter = config_.max_requests_jitter;
         const int extra = jitter > 0 ? static_cast<int>(::random() % (jitter + 1L)) : 0;
         runner.left = config_.max_requests > 0 ? config_.max_requests + extra : 0;
@@ -3780,9 +3763,11 @@ Error apply(Config& config, rlim_t& files) {
 int check_app(const Config& config, rlim_t files) {
     Runner runner;
     if (start_runner(config, runner, files)) { return kWorkerBootError; }
-    ::fcntl(runner.slots[0].from.get(), F_SETFL, 0);  // blocking
+    Slot& slot = runner.slots[0];
+    for (const Fd* end : {&slot.to[0], &slot.from}) { ::fcntl(end->get(), F_SETFL, 0); }  // wait
+    (void)write_all(slot.pipe(), slot.out.front());
     char byte = 0;
-    const bool loaded = read_some(runner.slots[0].from, &byte, 1) == 1;
+    const bool loaded = read_some(slot.from, &byte, 1) == 1;
     runner.close_requests();
     int status = 0;
     retry([&] { return ::waitpid(runner.pid, &status, 0); });
