@@ -413,9 +413,9 @@ struct Config {
     int umask = 0;
     uid_t uid = 0;  // what --user and --group mean
     gid_t gid = 0;
-    int inherited = 0;      // listening sockets from systemd, from descriptor 3 on
-    string notify_socket;   // of systemd
-    char** argv = nullptr;  // as it was started, and where, for an upgrade
+    int inherited = 0;     // listening sockets from systemd, from descriptor 3 on
+    string notify_socket;  // of systemd
+    Strings argv;          // as it was started, and where, for an upgrade
     string directory;
     pid_t old_master = 0;   // that upgrades to this one
     char* title = nullptr;  // what ps shows
@@ -1092,9 +1092,9 @@ Error daemonize(const Config& config) {
 }
 
 /// Finds room for titles: the arguments, or memory of our own that ps shows in their place.
-void make_title_room(Config& config, int argc) {
-    char* const last = config.argv[argc - 1];
-    config.title = config.argv[0];
+void make_title_room(Config& config, char** argv, int argc) {
+    char* const last = argv[argc - 1];
+    config.title = argv[0];
     config.title_size = static_cast<size_t>(last + std::strlen(last) - config.title) + 1;
 #ifdef PR_SET_MM_MAP  // prctl(2); the numbers of the fields are those of proc(5)
     char stat[1024];
@@ -1878,8 +1878,8 @@ class Slot:
 def list_files(list_fd, told):
     """With --reload: the files that modules come from, each once."""
     for module in list(sys.modules.values()):
-        name = getattr(module, "__file__", None)
-        if name and name not in told:
+        name = getattr(module, "__dict__", {}).get("__file__")  # which runs no code of theirs
+        if isinstance(name, str) and name not in told:
             told.add(name)
             os.write(list_fd, os.fsencode(name) + b"\0")
 
@@ -2023,6 +2023,7 @@ struct Runner {
     int left = 0;                // requests until its successor is started; 0: no limit
     Fd files;                    // with --reload: the list of the files that it has loaded,
     std::vector<struct timespec> watched;  // and when these were modified
+    struct timespec started {};            // before it loaded any, on the clock of files
 
     bool busy() const {
         return std::any_of(slots.begin(), slots.end(), [](const Slot& slot) { return slot.busy; });
@@ -2100,6 +2101,9 @@ Error start_runner(const Config& config, Runner& runner, rlim_t files) {
     }
     if (config.reload) {
         if (Error error = make_temp_file(config.worker_tmp_dir, runner.files)) { return error; }
+        struct stat info {};
+        ::fstat(runner.files.get(), &info);
+        runner.started = info.st_mtim;
     }
     const int list = runner.files.get();
     Strings settings = {config.app, join(config.pythonpath), string("server/") + kVersion,
@@ -2311,7 +2315,8 @@ private:
         listeners_.clear();
         next_tick_ = now_;  // which dismisses the runner if nothing is left to do
         for (const auto& c : connections_) {
-            if (!first || !c || c->state != State::ReadHead || !c->pass.silent) { continue; }
+            const bool silent = c && c->state == State::ReadHead && c->pass.silent;
+            if (!silent || !first || how == Stop::Leave) { continue; }  // others take it over
             c->deadline = std::min(c->deadline, now_ + 1s);  // silent, but perhaps on its way
         }
     }
@@ -2360,18 +2365,15 @@ private:
 
     /// What ps tells of this process while it sleeps; query strings are nobody's business.
     void show_title() {
-        const Connection* c = nullptr;
+        const Slot* busy = nullptr;
         for (const Runner& runner : runners_) {
-            for (const Slot& slot : runner.slots) {
-                c = slot.current != nullptr ? slot.current : c;
-            }
+            for (const Slot& slot : runner.slots) { busy = slot.busy ? &slot : busy; }
         }
-        const uint64_t state = 2 * begun_ + (c != nullptr ? 1 : 0);
+        const uint64_t state = 2 * begun_ + (busy != nullptr ? 1 : 0);
         if (!booted_ || std::exchange(shown_, state) == state) { return; }
-        if (c == nullptr) { return set_title(config_, "worker", "idle"); }
-        string_view uri = lookup(c->env, "RAW_URI");
-        set_title(config_, "worker",
-                  string(lookup(c->env, "REQUEST_METHOD")) + " " + string(cut(uri, '?')));
+        if (busy == nullptr) { return set_title(config_, "worker", "idle"); }
+        const string line = busy->current ? busy->current->request_line() : busy->request;
+        set_title(config_, "worker", line.substr(0, std::min(line.find('?'), line.rfind(' '))));
     }
 
     /// Completes the sets with what depends on the runner, and says when to wake at the latest.
@@ -2643,17 +2645,19 @@ private:
 
     /// The PROXY header that may stand before a request. Head: the request begins.
     Parse take_proxy(Connection& c, string_view& in) {
-        const Parse parsed = take_proxy_header(in, c.ends);
+        Endpoints said = c.ends;
+        const Parse parsed = take_proxy_header(in, said);
         const bool there = in.size() < c.in.size();
         if (there && !is_listed(config_.proxy_allow_from, c.from)) {
             return c.parser.error = {403, "who sent a PROXY header may not"}, Parse::Bad;
         }
         if (parsed == Parse::Bad) { c.parser.error = {400, "not a PROXY header"}; }
         if (parsed != Parse::Done) { return parsed; }
+        c.ends = said;
         c.pass.awaits_proxy = false;
+        c.pass.silent = in.empty();  // a proxy that only looks whether somebody is there
         c.in.erase(0, c.in.size() - in.size());
         in = c.in;
-        c.pass.silent = in.empty();  // a proxy that only looks whether somebody is there
         return Parse::Head;
     }
 
@@ -2830,7 +2834,7 @@ private:
     /// The request that has waited longest in the queue, null if there is none to be had.
     Connection* take_from_queue() {
         Connection* c = nullptr;
-        while (c == nullptr && takes_from_queue() && receive(c)) {}
+        while (c == nullptr && wants_request() && takes_from_queue() && receive(c)) {}
         return c;
     }
 
@@ -2859,11 +2863,17 @@ private:
         c->body.append(data, data.size());
         c->ends.peer = lookup(c->env, "REMOTE_ADDR");
         set_state(*c, pass.state);
-        if (pass.state != State::Ready) { resume(*c); }
-        if (c->deadline <= now_) { expire(*c); }
-        if (lost) { refuse(*c, {503, "no descriptor for the body"}); }
-        if (c->state == State::Ready && !pass.eof) { read_client(*c); }  // has it gone?
-        ready = c->state == State::Ready ? c : nullptr;
+        const bool complete = pass.state == State::Ready;
+        if (!complete) { resume(*c); }
+        if (c->state <= State::Ready && !pass.eof) {
+            read_client(*c);
+        }  // has it sent more, or gone?
+        if (lost && c->state <= State::Ready) {
+            refuse(*c, {503, "no descriptor for the body"});
+        } else if (c->deadline <= now_) {
+            expire(*c);
+        }
+        ready = complete && c->state == State::Ready ? c : nullptr;
         if (ready == nullptr) { settle(*c); }
         return true;
     }
@@ -3296,6 +3306,10 @@ private:
         next_tick_ = now_;
     }
 
+    static bool later(const struct timespec& a, const struct timespec& b) {
+        return a.tv_sec != b.tv_sec ? a.tv_sec > b.tv_sec : a.tv_nsec > b.tv_nsec;
+    }
+
     /// With --reload: wakes the arbiter if a file is another than the second before. The runner
     /// adds names to its list, and never takes one away.
     void watch_files() {
@@ -3315,10 +3329,13 @@ private:
         for (size_t i = 0; i < names.size(); ++i) {
             struct stat info {};
             if (::stat(names[i].c_str(), &info) < 0) { continue; }  // an editor replaces it
-            if (i >= serving->watched.size()) { serving->watched.resize(i + 1, info.st_mtim); }
+            if (i >= serving->watched.size()) { serving->watched.resize(i + 1); }
             struct timespec& modified = serving->watched[i];
-            if (std::memcmp(&modified, &info.st_mtim, sizeof modified) != 0) { changed = names[i]; }
-            modified = info.st_mtim;
+            const struct timespec before = std::exchange(modified, info.st_mtim);
+            const bool seen = before.tv_sec != 0, future = modified.tv_sec > std::time(nullptr);
+            const bool other = seen ? std::memcmp(&before, &modified, sizeof before) != 0
+                                    : later(modified, serving->started) && !future;
+            if (other) { changed = names[i]; }
         }
         if (changed.empty()) { return; }
         log(Level::Info, "Worker reloading: " + changed + " modified");
@@ -3408,12 +3425,13 @@ public:
             for (int number; (number = next_signal()) >= 0;) { handle_signal(number); }
             reap_workers();
             murder_workers();
-            if (now_ >= reload_at_ && !stopping_) { handle_hup(); }
+            if (now_ >= reload_at_) { handle_hup(); }
             maybe_promote_master();
         }
         reap_workers();
         if (reexec_pid_ == 0 && !has_old_master()) { unlink_sockets(listeners_); }
-        if (read_pidfile(pidfile_) == ::getpid()) { ::unlink(pidfile_.c_str()); }
+        const bool heir = reexec_pid_ > 0;  // which puts its own in the place of this one
+        if (!heir && read_pidfile(pidfile_) == ::getpid()) { ::unlink(pidfile_.c_str()); }
         log(Level::Info, "Shutting down: Master");
         if (!reason_.empty()) { log(Level::Error, "Reason: " + reason_); }
         return status_;
@@ -3440,7 +3458,7 @@ private:
     }
 
     void handle_signal(int number) {
-        if (number == kReload) { reload_at_ = std::min(reload_at_, now_ + kGather); }
+        if (number == kReload && !stopping_) { reload_at_ = std::min(reload_at_, now_ + kGather); }
         static constexpr std::pair<int, const char*> kNames[] = {
             {SIGHUP, "hup"},   {SIGINT, "int"},   {SIGQUIT, "quit"},
             {SIGTERM, "term"}, {SIGTTIN, "ttin"}, {SIGTTOU, "ttou"},
@@ -3500,7 +3518,11 @@ private:
         }
         set_soft_limit(files_);
         (void)!::chdir(config_.directory.c_str());
-        ::execvp(config_.argv[0], config_.argv);
+        std::vector<char*> words;
+        Strings argv = config_.argv;
+        for (string& word : argv) { words.push_back(word.data()); }
+        words.push_back(nullptr);
+        ::execvp(words[0], words.data());
         log(Level::Error, os_error("cannot start the new master").text);
         ::_exit(kWorkerBootError);
     }
@@ -3521,6 +3543,7 @@ private:
             const string heir = "MAINPID=" + to_string(reexec_pid_);
             notify_systemd(config_, reexec_pid_ > 0 ? heir : "STOPPING=1");
         }
+        reload_at_ = Time::max();
         for (Listener& each : listeners_) { each.fd.reset(); }
         for (WorkerInfo& worker : workers_) { stop_worker(worker, number); }
     }
@@ -3714,7 +3737,7 @@ Error apply(Config& config, rlim_t& files) {
     config.notify_socket = variable("NOTIFY_SOCKET");
     if (variable("LISTEN_PID") == to_string(::getpid()) &&
         parse_number(variable("LISTEN_FDS"), inherited)) {
-        config.inherited = static_cast<int>(std::min<int64_t>(inherited, 64));
+        config.inherited = static_cast<int>(std::min<int64_t>(inherited, FD_SETSIZE / 2));
     }
     if (variable("SERVER_UPGRADE") == to_string(::getppid())) { config.old_master = ::getppid(); }
     for (const char* name : {"SERVER_UPGRADE", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
@@ -3809,7 +3832,7 @@ int main(int argc, char** argv) {
     Config config;
     char directory[PATH_MAX];
     config.directory = ::getcwd(directory, sizeof directory) != nullptr ? directory : "/";
-    config.argv = argv;
+    config.argv = Strings(argv, argv + argc);
     std::vector<Listener> listeners;
     rlim_t files = 0;
     Error error = parse_command_line({argv + std::min(argc, 1), argv + argc}, config);
@@ -3830,6 +3853,6 @@ int main(int argc, char** argv) {
         if (detached) { log(Level::Critical, error.text); }
         return std::fprintf(stderr, "Error: %s\n", error.text.c_str()), error.code;
     }
-    make_title_room(config, argc);
+    make_title_room(config, argv, argc);
     return Arbiter(config, std::move(listeners), files).run();
 }

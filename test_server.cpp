@@ -6510,6 +6510,7 @@ TEST_CASE("behind a proxy that speaks the PROXY protocol the client is who it sa
     CHECK(exchange(Client(server), "PROXY TCP4 x y 1 2\r\n" + request_bytes).status == 400);
     CHECK(exchange(Client(server), v1 + v1 + request_bytes).status == 400);
     CHECK(exchange(Client(strict), v1 + request_bytes).status == 403);
+    CHECK(strict.log_has("403 to 127.0.0.1: "));  // and not to whom the header names
     const Reply plain = exchange(Client(strict), request_bytes);
     CHECK(has_line(plain.body, "wsgi.url_scheme=http"));  // whatever address a header might name
     Client probe(server);  // a health check: the header, and nothing else
@@ -7194,6 +7195,16 @@ TEST_CASE("ps tells masters from workers, and what a worker is at; the environme
     write_file(server.dir.path + "/go", "");
     CHECK(Reply(client.read_all()).body == "through");
     CHECK(wait_for([&] { return shown(worker) == "server: worker [mysite] idle"; }));
+    ::unlink((server.dir.path + "/go").c_str());
+    Client leaves(server);
+    leaves.send("GET /gate?again HTTP/1.1\r\n\r\n");
+    CHECK(wait_for([&] { return shown(worker) == "server: worker [mysite] GET /gate"; }));
+    leaves.reset();
+    CHECK(server.access_has(" 499 "));
+    get(server, "/none", 100ms);  // which waits
+    CHECK(shown(worker) == "server: worker [mysite] GET /gate");
+    write_file(server.dir.path + "/go", "");
+    CHECK(wait_for([&] { return shown(worker) == "server: worker [mysite] idle"; }));
     const Server plain(kHello, {"-w", "1", "-e", "LONG=" + string(500, 'x')});
     CHECK(wait_for([&] { return shown(plain.pid) == "server: master [app:app]"; }));
 }
@@ -7410,6 +7421,7 @@ def echo(environ, start_response):
             3s));
     }
     CHECK(seconds_since(begun) < 3.5);  // nobody waited for the header timeout
+    CHECK(wait_for([&] { return seconds_since(begun) > 1.3; }));  // nor has a silent one less time
     for (size_t i = 0; i < clients.size(); ++i) {
         CAPTURE(cases[i].first.substr(0, 100));
         clients[i].send(cases[i].rest);
@@ -7447,7 +7459,11 @@ TEST_CASE("with --reload a change of a file that the application has loaded is a
     };
     const string app = kTools + R"py(
 sys.dont_write_bytecode = True
-import early
+import early, types
+class Lazy(types.ModuleType):
+    def __getattr__(self, name):
+        raise ImportError(name)
+sys.modules["lazy"] = Lazy("lazy")
 def versions(environ, start_response):
     import late
     return reply(start_response, "%s %s %s" % (early.early, late.late, open("extra").read()))
@@ -7773,6 +7789,22 @@ TEST_CASE("systemd-socket-activate hands over its socket" *
     CHECK(wait_for([&] { return exists(path); }));
     CHECK(exchange(Client(path), get_bytes("/")).body == "hello\n");
     CHECK(contains(read_file(log), "Listening at: unix:" + path));
+}
+
+TEST_CASE("what a client sent in time counts, though nobody was there to read it") {
+    Server server(kTools, {"-w", "1", "--header-timeout", "1"});
+    Client busy(server), half(server);
+    busy.send(get_bytes("/gate"));
+    half.send("GET /hel");
+    CHECK(wait_for([&] { return exists(server.dir.path + "/at_gate"); }));
+    CHECK(wait_for([&] { return unread(server.port()) == 0; }));
+    const Time begun = Clock::now();
+    ::kill(server.workers().at(0), SIGTERM);  // who hands it over, but there is nobody else yet
+    half.send("lo HTTP/1.1\r\n\r\n");
+    CHECK(wait_for([&] { return seconds_since(begun) > 1.2; }));
+    write_file(server.dir.path + "/go", "");
+    CHECK(Reply(busy.read_all()).body == "through");
+    CHECK(Reply(half.read_all()).body == "hello");
 }
 
 TEST_CASE("the number of workers that TTIN set outlives a reload") {
