@@ -1,6 +1,7 @@
 # make          build ./server
 # make test     build and run all tests (also: make check)
 # make asan     the same tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make coverage how much of server.cpp the tests run; the lines they do not: .ci/coverage -v
 # make bench    this server beside the peers that are installed (wrk makes the load)
 # make install  to $(DESTDIR)$(PREFIX)/bin; make uninstall removes it
 # make static   build ./server without shared libraries
@@ -40,6 +41,9 @@ test_server-asan: test_server.cpp server.cpp
 asan: server-asan test_server-asan
 	SERVER=./server-asan ./test_server-asan
 
+coverage:
+	.ci/coverage
+
 bench: server
 	.ci/bench
 
@@ -64,9 +68,9 @@ fuzz: test_server fuzz-server
 	./fuzz-server -max_total_time=$(FUZZ_TIME) -max_len=4096 -artifact_prefix=.fuzz/ .fuzz/found .fuzz/seeds
 
 clean:
-	rm -rf server server-asan test_server test_server-asan fuzz-server .fuzz __pycache__
+	rm -rf server server-asan test_server test_server-asan fuzz-server .fuzz .coverage __pycache__
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
 
-.PHONY: all test check asan bench static install uninstall fuzz clean help
+.PHONY: all test check asan coverage bench static install uninstall fuzz clean help

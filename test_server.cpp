@@ -3981,6 +3981,7 @@ TEST_CASE("settings that are refused: in a sentence, with the exit status that t
         {{"-b", "fd://" + to_string(bound.get())}, 1, to_string(bound.get()), {}},
         {{"-b", "127.0.0.1:" + busy}, 1, "127.0.0.1:" + busy + ": ", {}},
         {{"-b", "192.0.2.1:0"}, 1, "192.0.2.1:0: ", {}},
+        {{"-b", string(70, 'x') + ":0"}, 1, "x:0: ", {}},  // longer than a name can be
         {{"--backlog", "1e9"}, 2, "1e9", {}},
         {{"--backlog", "1000000000"}, 1, "1000000000", {}},
         {{"--backlog", "0"}, 1, "--backlog", {}},
@@ -5223,6 +5224,10 @@ def empty(environ, start_response):
     start_response("200 OK", [])
     return []
 
+def pieces(environ, start_response):
+    start_response("200 OK", [])
+    return [b"0123456789"] * 19999
+
 def gives_any(environ, start_response):
     status, headers, items = eval(unquote(environ["QUERY_STRING"]))
     start_response(status, headers)
@@ -5398,6 +5403,7 @@ TEST_CASE("responses of all kinds") {
     const Row rows[] = {
         {"/writes", 200, "onetwothree", true, ""},
         {"/empty", 200, "", true, ""},
+        {"/pieces", 200, file.substr(5), true, ""},
         {"/replaces", 503, "instead", true, ""},
         {"/replaces_after_empty", 503, "instead", true, ""},
         {"/too_late", 200, "begun", false, "ValueError: too late"},
@@ -5727,6 +5733,38 @@ TEST_CASE("16 MB written before 16 MB are read are no deadlock; a slow client fr
     const Reply reply(slow.read_all(20s));
     CHECK(reply.whole);
     CHECK(reply.body == string(64 << 20, 'b'));
+}
+
+TEST_CASE("a large body that nobody reads costs no other request, however its own ends") {
+    Server server(kProtocolApp, {"-w", "1"});
+    const vector<pid_t> before = server.runners();
+    const string large(3000000, 'x');
+    for (int i = 0; i < 3; ++i) {
+        REQUIRE(post(server, "/boom", large).status == 500);
+        REQUIRE(get(server, "/hello").body == "hello");
+        REQUIRE(post(server, "/boom_midway", large).raw.find("begun") != string::npos);
+        REQUIRE(get(server, "/hello").body == "hello");
+        REQUIRE(post(server, "/writes", large).body == "onetwothree");
+        REQUIRE(get(server, "/hello").body == "hello");
+    }
+    CHECK(server.runners() == before);
+}
+
+TEST_CASE("no byte is lost where a signal interrupts the application's response") {
+    Server server(kTools + R"py(
+signal.signal(signal.SIGALRM, lambda *_: None)
+
+def ticks(environ, start_response):  # as a profiler does
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    return reply(start_response, bytes(range(250)) * 120000)
+)py",
+                  {"-w", "1"});
+    string all(30'000'000, '\0');
+    for (size_t i = 0; i < all.size(); ++i) { all[i] = static_cast<char>(i % 250); }
+    const Reply reply = get(server, "/ticks");
+    CHECK(reply.whole);
+    CHECK((reply.body == all));
+    CHECK(post(server, "/hello", all).body == "hello");
 }
 
 TEST_CASE("the forms in which an application can be named") {
@@ -7818,6 +7856,152 @@ TEST_CASE("the number of workers that TTIN set outlives a reload") {
         return now.size() == 2 && !has_pid(before, now[0]) && !has_pid(before, now[1]);
     }));
     CHECK(server.wait_ready_workers(2));
+}
+
+TEST_CASE("a runner that dies while its successor loads is succeeded by that, not by a third") {
+    Server server(kTools + R"py(
+mark("loads")
+if os.path.exists("slow"):
+    wait("go")
+)py",
+                  {"-w", "1", "--max-requests", "2"});
+    write_file(server.dir.path + "/slow", "");
+    const pid_t first = server.runners()[0];
+    for (int i = 0; i < 2; ++i) { CHECK(get(server, "/hello").body == "hello"); }
+    REQUIRE(wait_file(server, "loads", 2));
+    ::kill(first, SIGKILL);
+    CHECK(server.log_has("was ended by signal 9 (Killed)"));
+    Client waiting(server);
+    waiting.send(get_bytes("/hello"));
+    CHECK_FALSE(waiting.readable(300ms));
+    open_gate(server);
+    CHECK(Reply(waiting.read_all()).body == "hello");
+    CHECK(read_file(server.dir.path + "/loads").size() == 2);
+}
+
+TEST_CASE("when the directory for small files vanishes all goes on, and heals once it is back") {
+    const TempDir dir;
+    const string small = dir.path + "/small";
+    REQUIRE(::mkdir(small.c_str(), 0755) == 0);
+    Server server(kTools, {"--max-requests", "3", "--worker-tmp-dir", small}, {"TMPDIR=" + small});
+    REQUIRE(server.wait_ready_workers(2));
+    REQUIRE(::rmdir(small.c_str()) == 0);
+    const vector<pid_t> workers = server.workers();
+    const auto asked_until = [&](const std::function<bool()>& condition) {
+        const Time end = Clock::now() + 5s;
+        const auto answers =
+            load(server, 4, "/hello", [&] { return !condition() && Clock::now() < end; });
+        CHECK_MESSAGE(answers.size() == 1, show_answers(answers));
+        CHECK(answers.count("200 hello") == 1);
+        return condition();
+    };
+    const auto says = [&](pid_t pid, const string& text) {
+        return contains(server.log(), "[" + to_string(pid) + "] " + text);
+    };
+    CHECK(asked_until([&] {  // for a successor
+        return says(workers[0], "[ERROR] no FIFO " + small) &&
+               says(workers[1], "[ERROR] no FIFO " + small);
+    }));
+    ::kill(workers[0], SIGKILL);
+    CHECK(server.log_has("No new worker: cannot make a temporary file in " + small));
+    CHECK(get(server, "/hello").body == "hello");
+    CHECK_FALSE(contains(server.log(), "Autorestarting"));
+    REQUIRE(::mkdir(small.c_str(), 0755) == 0);
+    CHECK(server.wait_ready_workers(2));
+    CHECK(asked_until([&] { return says(workers[1], "[INFO] Autorestarting"); }));
+}
+
+TEST_CASE("too few descriptors for a worker end the server, which says so") {
+    const Limit descriptors(RLIMIT_NOFILE, 18);
+    Server server(kHello, {"-w", "1"}, {}, false);
+    CHECK(server.wait_end(15s));
+    CHECK_MESSAGE(server.exit_code() == 3, server.log());
+    CHECK(contains(server.log(), "Worker cannot boot: "));
+    CHECK(contains(server.log(), "Worker failed to boot."));
+}
+
+TEST_CASE("a relative path of the error log means one file, wherever the application goes") {
+    Server server(string("import os\nos.mkdir('elsewhere')\nos.chdir('elsewhere')\n") + kTalkative,
+                  {"-w", "1", "--error-logfile", "err"});
+    const int port = server.port();
+    CHECK(request(port, get_bytes("/one")).body == "ok");
+    CHECK(server.log_has("printed /one"));
+    const string path = server.dir.path + "/err";
+    REQUIRE(::rename(path.c_str(), (path + ".1").c_str()) == 0);
+    server.signal(SIGUSR1);
+    CHECK(wait_for([&] {
+        CHECK(request(port, get_bytes("/two")).body == "ok");
+        return contains(server.log(), "printed /two");
+    }));
+    CHECK_FALSE(exists(server.dir.path + "/elsewhere/err"));
+}
+
+TEST_CASE("who stays after an error page is let go after two silent seconds") {
+    const Server server(kHello, {"-w", "1"});
+    const string sockets =
+        "ls -l /proc/" + to_string(server.workers()[0]) + "/fd | grep -c socket:";
+    const string before = output_of(sockets);
+    Client client(server);
+    client.send("GET / HTTP/3\r\n\r\nmore");
+    CHECK(Reply(client.read_all()).status == 505);
+    const Time start = Clock::now();
+    ::poll(nullptr, 0, 1000);
+    CHECK(client.send("and more"));
+    ::poll(nullptr, 0, 1500);
+    CHECK(output_of(sockets) != before);
+    CHECK(wait_for([&] { return output_of(sockets) == before; }));
+    CHECK(seconds_since(start) < 4);
+    CHECK(client.send("too late"));
+    CHECK(wait_for([&] { return !client.send("for anyone"); }));
+    CHECK(server.access_has("505"));
+}
+
+TEST_CASE("a client may leave when the runner has begun its request and the worker not seen it") {
+    Server server(kTools + R"py(
+def big(environ, start_response):
+    slot = start_response.__self__.slot
+    slot.polls[1 - slot.turn].poll(100)  # until the next request lies in the other pipe
+    os.kill(os.getppid(), signal.SIGSTOP)
+    return reply(start_response, b"b" * 200000)
+
+def endless(environ, start_response):
+    mark("begun")
+    start_response("200 OK", [])
+    try:
+        while True:
+            time.sleep(0.005)
+            yield b"e"
+    finally:
+        mark("left")
+)py",
+                  {"-w", "1"});
+    const pid_t worker = server.workers()[0], runner = server.runners()[0];
+    // The worker gets both requests at once, and hands over the second ahead of time if the runner
+    // has been quick. It is stopped before it takes that back, if all goes well; what comes then
+    // stays in the pipe, and is more than it reads at a time.
+    bool begun = false;
+    for (const Time end = Clock::now() + 15s; !begun && Clock::now() < end;) {
+        for (int i = 0; i < 10; ++i) { CHECK(get(server, "/hello").body == "hello"); }
+        for (const char* name : {"/begun", "/left"}) { ::unlink((server.dir.path + name).c_str()); }
+        ::kill(worker, SIGSTOP);
+        Client first(server), second(server);
+        first.send(get_bytes("/big"));
+        second.send(get_bytes("/endless"));
+        ::kill(worker, SIGCONT);
+        CHECK(wait_for([&] { return parent_and_state(worker).second == 'T'; }));
+        begun = wait_for([&] { return exists(server.dir.path + "/begun"); }, 300ms);
+        second.reset();
+        ::kill(worker, SIGCONT);
+        const Reply reply(first.read_all());
+        CHECK(reply.whole);
+        CHECK(reply.body == string(200000, 'b'));
+    }
+    REQUIRE(begun);
+    CHECK(wait_file(server, "left"));
+    CHECK(server.access_has("GET /endless HTTP/1.1\" 499"));
+    CHECK(get(server, "/hello").body == "hello");
+    CHECK(server.runners() == vector<pid_t>{runner});
+    CHECK_FALSE(contains(server.log(), "[ERROR]"));
 }
 
 TEST_CASE("systemd hands over sockets, and hears what goes on") {
