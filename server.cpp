@@ -25,7 +25,7 @@
 //   HUP         reload: new workers, then TERM to the old    ignored
 //   TTIN, TTOU  one worker more, one worker less             ignored
 //   WINCH       with --daemon: no workers until HUP          ignored
-//   CHLD        reap_workers                                 reap_runner
+//   CHLD        reap_workers                                 reap_runners
 //
 // Contents: grep '^//  [0-9]' server.cpp
 #include <arpa/inet.h>
