@@ -1916,7 +1916,7 @@ def main(name, paths, software, files, *fds):
     try:  # MODULE, MODULE:OBJ.ATTR or MODULE:FACTORY(...), as in gunicorn
         module, _, target = name.partition(":")
         app = eval(target or "application", vars(importlib.import_module(module)))
-        assert callable(app), "%s is not callable" % name
+        if not callable(app): raise TypeError("%s is not callable" % name)
     except Exception:
         report()
         sys.exit(4)
@@ -3226,9 +3226,8 @@ private:
 
     /// No frame for `timeout` seconds. What runs in other slots has kKillDelay to end.
     void hung_app(Slot& slot) {
-        if (stalled(slot)) {
-            return extend_deadline(slot);
-        }  // the client is slow, not the application
+        // Stalled: the client is slow, not the application.
+        if (stalled(slot)) { return extend_deadline(slot); }
         Runner& runner = *slot.runner;
         Connection* c = std::exchange(slot.current, nullptr);
         log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(runner.pid) + "): no answer for " +

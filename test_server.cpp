@@ -4820,24 +4820,32 @@ map<string, int> runs_of(const Server& server) {
     return runs;
 }
 
-TEST_CASE("runners that are killed at any moment cost a request each, and none runs twice") {
-    Server server(kTools + kOnce);
-    REQUIRE(server.wait_ready_workers(2));
+/// Load by 16 clients while runners are killed, `kills` times, `least` to `least` + `more`
+/// milliseconds apart, and ten requests: without any progress their starts back off.
+map<string, int> load_and_kill(const Server& server, const string& target, int kills, int least,
+                               size_t more) {
     Time next = Clock::now() + 100ms;
-    int kills = 0;
-    size_t done = 0;  // before the last of them: without any progress starts back off
+    size_t done = 0;  // requests, before the last kill
     Random random;
-    map<string, int> answers = load(server, 16, "/once?id=", [&] {
-        if (Clock::now() < next) { return kills < 12; }
+    return load(server, 16, target, [&] {
+        if (Clock::now() < next) { return kills > 0; }
         const vector<pid_t> runners = server.runners();
         if (!runners.empty() && runs_of(server).size() >= done + 10) {
             done = runs_of(server).size();
             ::kill(runners[random.below(runners.size())], SIGKILL);
-            ++kills;
+            --kills;
         }
-        next = Clock::now() + std::chrono::milliseconds(60 + random.below(50));
-        return kills < 12;
+        next =
+            Clock::now() + std::chrono::milliseconds(least + static_cast<int>(random.below(more)));
+        return kills > 0;
     });
+}
+
+TEST_CASE("runners that are killed at any moment cost a request each, and none runs twice") {
+    Server server(kTools + kOnce);
+    REQUIRE(server.wait_ready_workers(2));
+    const int kills = 12;
+    map<string, int> answers = load_and_kill(server, "/once?id=", kills, 60, 50);
     CAPTURE(show_answers(answers));
     const int good = answers["200 ok"], bad = answers["502 502 Bad Gateway\n"];
     CHECK(answers.size() == 2);
@@ -7047,21 +7055,8 @@ TEST_CASE("kill -9 of a runner with three requests: three 502, and the log names
 TEST_CASE("runners with threads that are killed at any moment run no request twice") {
     Server server(kThreads, {"-w", "2", "--threads", "3"});
     REQUIRE(server.wait_ready_workers(2));
-    Time next = Clock::now() + 100ms;
-    int kills = 0;
-    size_t done = 0;  // before the last of them: without any progress starts back off
-    Random random;
-    map<string, int> answers = load(server, 16, "/jitter?id=", [&] {
-        if (Clock::now() < next) { return kills < 10; }
-        const vector<pid_t> runners = server.runners();
-        if (!runners.empty() && runs_of(server).size() >= done + 10) {
-            done = runs_of(server).size();
-            ::kill(runners[random.below(runners.size())], SIGKILL);
-            ++kills;
-        }
-        next = Clock::now() + std::chrono::milliseconds(200 + random.below(60));
-        return kills < 10;
-    });
+    const int kills = 10;
+    map<string, int> answers = load_and_kill(server, "/jitter?id=", kills, 200, 60);
     CAPTURE(server.log());
     CAPTURE(show_answers(answers));
     const int good = answers["200 ok"], bad = answers["502 502 Bad Gateway\n"];
