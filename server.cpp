@@ -413,6 +413,7 @@ struct Config {
     int umask = 0;
     uid_t uid = 0;  // what --user and --group mean
     gid_t gid = 0;
+    int pipes = 8;         // of requests, in each slot
     int inherited = 0;     // listening sockets from systemd, from descriptor 3 on
     string notify_socket;  // of systemd
     Strings argv;          // as it was started, and where, for an upgrade
@@ -1684,9 +1685,9 @@ Response error_response(int status, string& body) {
 //  N is the number of bytes up to the comma; an empty len means that the client sent none. Any
 //  program that speaks this on its standard input and output is a runner.
 //
-//  The Python runner reads its requests from two pipes in turn. While it answers one the next may
-//  lie in the other already, so that neither process sleeps in between; it runs nowhere else only
-//  once the runner has read it, and until then the worker can take it back.
+//  The Python runner reads its requests from several pipes in turn. While it answers one the next
+//  may lie in the others already, so that neither process sleeps in between; they run nowhere else
+//  only once the runner has read them, and until then the worker can take them back.
 //
 //  These pipes are a slot. With --threads N the Python runner has N of them, and a thread for each
 //  that runs the same loop; the first slot alone says, for all, that the application is loaded.
@@ -1698,13 +1699,14 @@ class Gone(SystemExit): "The worker has gone, or wants no more."
 
 class Body(io.RawIOBase):
     """What of a request's body has not come with its head; inert once the request is over."""
-    def __init__(self, slot):
-        self.slot = slot
+    def __init__(self, response):
+        self.response = response
 
     readable = lambda self: True  # what io.BufferedReader asks
 
     def readinto(self, buffer):
-        data = self.slot.take(len(buffer)) if self.slot and self.slot.left else b""
+        slot = self.response.slot
+        data = slot.take(len(buffer)) if slot and slot.left else b""
         buffer[:len(data)] = data
         return len(data)
 
@@ -1720,8 +1722,8 @@ class FileWrapper:
 
 class Response:
     """start_response() and write() of one request; inert once it is over."""
-    def __init__(self, slot, body):
-        self.slot, self.body, self.head, self.started = slot, body, None, False
+    def __init__(self, slot):
+        self.slot, self.head, self.started = slot, None, False
 
     def start_response(self, status, headers, exc_info=None):
         if exc_info and self.started:
@@ -1760,19 +1762,16 @@ class Response:
             self.slot.write(self.frame([data]))
 
 class Slot:
-    """A pair of pipes, and the loop that answers what comes through them."""
+    """The pipes of a slot, and the loop that answers what comes through them."""
     failures = Exception  # of the application; what else it raises ends the process
     files = None          # with --reload: where to list the files of modules, and which are there
 
-    def __init__(self, requests, replies, app):
-        self.requests, self.replies, self.app = requests, replies, app
+    def __init__(self, pipes, app):
+        (*self.requests, self.replies), self.app = pipes, app
         self.turn = 0       # the pipe of the present request
         self.pending = b""  # read from it and not used
         self.left = 0       # bytes of the body that the application has not read
         self.gone = False   # the client has
-        self.polls = [select.poll() for fd in requests]
-        for fd, poll in zip(requests, self.polls):
-            poll.register(fd, select.POLLIN)
 
     def write(self, parts):
         if not parts:
@@ -1809,7 +1808,7 @@ class Slot:
 
     def client_gone(self):
         if not self.gone and not self.left:
-            if not self.pending and self.polls[self.turn].poll(0):
+            if not self.pending and select.select([self.requests[self.turn]], [], [], 0)[0]:
                 self.more()
             if self.pending.startswith(b"0:,"):
                 self.pending, self.gone = self.pending[3:], True
@@ -1829,16 +1828,17 @@ class Slot:
                 reopen(block)
             return  # else it is "the client has gone", too late
         words = iter(block.decode("latin-1").split("\0"))
-        environ = dict(zip(words, words), **base)
-        self.left, self.gone, body = int(environ["CONTENT_LENGTH"] or 0), False, Body(self)
+        environ = base.copy()
+        environ.update(zip(words, words))
+        self.left, self.gone, response = int(environ["CONTENT_LENGTH"] or 0), False, Response(self)
         if not environ["CONTENT_LENGTH"]:
             del environ["CONTENT_LENGTH"]
         if self.left <= len(self.pending):
             environ["wsgi.input"] = io.BytesIO(self.take(self.left) if self.left else b"")
         else:
-            environ["wsgi.input"] = io.BufferedReader(body, 65536)
-        self.answer(environ, Response(self, body))
-        self.pending, self.turn = b"", 1 - self.turn
+            environ["wsgi.input"] = io.BufferedReader(Body(response), 65536)
+        self.answer(environ, response)
+        self.pending, self.turn = b"", (self.turn + 1) % len(self.requests)
         if self.files:
             list_files(*self.files)
 
@@ -1848,7 +1848,7 @@ class Slot:
             self.write(parts)
             parts = []
             self.take(65536)
-        response.slot = response.body.slot = None
+        response.slot = None
         self.write(parts + [mark])
 
     def answer(self, environ, response):
@@ -1896,10 +1896,10 @@ def reopen(path):
     except OSError:
         report()
 
-def main(name, paths, software, files, *fds):
+def main(name, paths, software, files, threads, *fds):
     faulthandler.enable()  # SIGABRT, and crashes, print the stack of every thread
     most = os.sysconf("SC_OPEN_MAX")
-    high = min(1000, most // 2, most - 2 * len(fds))
+    high = min(1020 - len(fds), most // 2, most - 2 * len(fds))  # where select() sees them
     pipes = [fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, high) for fd in fds]
     for fd in fds:
         os.close(int(fd))
@@ -1924,7 +1924,8 @@ def main(name, paths, software, files, *fds):
         Slot.files = fcntl.fcntl(int(files), fcntl.F_DUPFD_CLOEXEC, high), set()
         os.close(int(files))
         list_files(*Slot.files)
-    slots = [Slot(pipes[i:i + 2], pipes[i + 2], app) for i in range(0, len(pipes), 3)]
+    each = len(pipes) // int(threads)
+    slots = [Slot(pipes[i:i + each], app) for i in range(0, len(pipes), each)]
     base = {"wsgi.version": (1, 0), "wsgi.errors": sys.stderr, "wsgi.run_once": False,
             "wsgi.multithread": len(slots) > 1, "wsgi.multiprocess": True,
             "wsgi.file_wrapper": FileWrapper, "wsgi.input_terminated": True,
@@ -1942,6 +1943,10 @@ def main(name, paths, software, files, *fds):
 
 main(*map(os.fsdecode, settings))
 )py";
+
+string netstring(string_view payload) {
+    return to_string(payload.size()) + ":" + string(payload) + ",";
+}
 
 /// Tells what the frames of a runner mean, piece by piece, however the bytes arrive.
 class NetstringReader {
@@ -1986,28 +1991,39 @@ enum class Phase { Booting, Serving, Retired, Hung, Dying };
 struct Connection;
 struct Runner;
 
+/// A request that lies in its pipe before its turn has come.
+struct Ahead {
+    Connection* client;  // null: nobody waits for it any more
+    size_t size;         // bytes of its frame
+};
+
 /// A runner's pipes for one request at a time, and that request.
 struct Slot {
     Runner* runner = nullptr;
-    Fd to[2], back[2], from;  // two request pipes, our reading ends of them; of replies
-    int turn = 0;             // the pipe of the present request
+    std::vector<Fd> to, back;  // request pipes, used in turn; our reading ends of them
+    Fd from;                   // the pipe of replies
+    size_t turn = 0;           // the pipe of the present request
+    Fd copy;                   // of that pipe, for select(), while it is full
+    bool full = false;
     NetstringReader reader;
     Spool out;                      // what it has not taken yet of its request
     Connection* current = nullptr;  // null: nobody waits for this response any more
     string request;                 // its request line, once nobody waits
     bool busy = false;              // with a request
     bool answered = false;          // its end frame has come
-    bool quick = false;             // the last response took less than kAhead
-    size_t most_ahead = PIPE_BUF;   // bytes that a request may have for that
-    size_t ahead = 0;               // bytes of the request that lies in the other pipe; 0: none
-    Connection* next = nullptr;     // whose it is; null: nobody waits for it any more
+    std::vector<Ahead> ahead;       // in the pipes that come next
+    size_t depth = 0;               // how many these may be: about kAhead of work
+    size_t most_ahead = kPiece;     // bytes that each may have
     Time since{};                   // when the request went out
     Time deadline = Time::max();    // of the next frame
 
     const Fd& pipe() const { return to[turn]; }
 
     void close_requests() {
-        for (Fd* end : {&to[0], &to[1], &back[0], &back[1]}) { end->reset(); }
+        for (std::vector<Fd>* ends : {&to, &back}) {
+            for (Fd& end : *ends) { end.reset(); }
+        }
+        copy.reset();
     }
 };
 
@@ -2039,18 +2055,20 @@ struct Runner {
     }
 };
 
-/// Makes the pipes of a slot; to `ends` go the runner's, two of requests and one of replies.
+/// Makes the pipes of a slot; to `ends` go the runner's, those of requests and one of replies.
 Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
-    for (const int i : {0, 1}) {
+    for (int i = 0; i < config.pipes; ++i) {
         Pair requests;
-        Error error = make_fifo(config.worker_tmp_dir, requests, slot.back[i]);
-        if (error) { error = make_fifo(temp_dir(), requests, slot.back[i]); }  // as --user
+        Fd& back = slot.back.emplace_back();
+        Error error = make_fifo(config.worker_tmp_dir, requests, back);
+        if (error) { error = make_fifo(temp_dir(), requests, back); }  // as --user
         if (error) { return error; }
-        const size_t room = resize_pipe(requests.first, kPiece);
-        slot.most_ahead = i == 0 ? room : std::min(room, slot.most_ahead);
-        slot.to[i] = std::move(requests.second);
+        slot.most_ahead = std::min(slot.most_ahead, resize_pipe(requests.first, kPiece));
+        slot.to.push_back(raise_fd(std::move(requests.second)));
         ends.push_back(raise_fd(std::move(requests.first)));
     }
+    slot.copy.reset(::fcntl(slot.pipe().get(), F_DUPFD_CLOEXEC, 0));
+    if (!slot.copy) { return os_error("cannot make a pipe"); }
     Pair replies;
     if (Error error = make_pipe(replies)) { return error; }
     (void)resize_pipe(replies.first, 1 << 18);
@@ -2070,7 +2088,7 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
         ::fcntl(end.get(), F_SETFD, config.runner.empty() ? 0 : FD_CLOEXEC);
     }
     ::dup2(ends[0].get(), STDIN_FILENO);
-    ::dup2(ends[2].get(), STDOUT_FILENO);
+    ::dup2(ends[static_cast<size_t>(config.pipes)].get(), STDOUT_FILENO);
     ::dup2(g_log.error_file.get(), STDERR_FILENO);
     set_soft_limit(files);
 #ifdef __linux__
@@ -2107,7 +2125,7 @@ Error start_runner(const Config& config, Runner& runner, rlim_t files) {
     }
     const int list = runner.files.get();
     Strings settings = {config.app, join(config.pythonpath), string("server/") + kVersion,
-                        config.reload ? to_string(list) : ""};
+                        config.reload ? to_string(list) : "", to_string(config.threads)};
     for (const Fd& end : ends) { settings.push_back(to_string(end.get())); }
     string source = kRunner;
     for (const string& each : settings) { (source += '\0') += each; }
@@ -2340,10 +2358,10 @@ private:
         };
         if (is_set(g_self_pipe.first, reads)) { handle_signals(); }
         each_slot([&](Slot& slot) {
-            if (is_set(slot.pipe(), writes)) { feed_runner(slot); }
+            if (is_set(slot.copy, writes)) { feed_runner(slot); }
             if (is_set(slot.from, reads)) { read_runner(slot); }
         });
-        if (is_set(queue_.second, reads)) { next_request(true); }
+        look_ = look_ || is_set(queue_.second, reads);
         for (int fd = 0; fd <= max_fd_; ++fd) {
             const bool readable = FD_ISSET(fd, &reads), writable = FD_ISSET(fd, &writes);
             Connection* c = readable || writable ? connections_[fd].get() : nullptr;
@@ -2355,10 +2373,10 @@ private:
         for (const Listener& each : listeners_) {
             if (!has_idle_slot() && is_set(each.fd, reads)) { accept_clients(); }
         }
-        run_ahead();
         each_slot([this](Slot& slot) {
-            if (now_ >= take_back_at(slot)) { wait_again(take_back(slot)); }
+            if (now_ >= take_back_at(slot)) { take_back(slot); }
         });
+        run_requests();
         pass_on();
         if (now_ >= next_tick_) { tick(); }
     }
@@ -2380,13 +2398,13 @@ private:
     Time prepare(fd_set& reads, fd_set& writes) {
         Time until = std::min(next_tick_, pass_at());
         each_slot([&](const Slot& slot) {
-            if (slot.pipe() && slot.out.size() > 0) { FD_SET(slot.pipe().get(), &writes); }
+            if (slot.copy && slot.full) { FD_SET(slot.copy.get(), &writes); }
             if (!slot.from || stalled(slot)) { return; }
             FD_SET(slot.from.get(), &reads);
             until = std::min(until, take_back_at(slot));
         });
         const bool room = connected_ <= config_.worker_connections || find_victim() != nullptr;
-        if (wants_request() && room && takes_from_queue()) { FD_SET(queue_.second.get(), &reads); }
+        if (places() > 0 && room && takes_from_queue()) { FD_SET(queue_.second.get(), &reads); }
         // A busy worker leaves connections to idle ones for a while: or all would wake for one.
         const Time accept_at =
             std::max(accept_again_, has_idle_slot() ? now_ : last_begin_ + kAcceptDelay);
@@ -2396,16 +2414,17 @@ private:
         return booted_ && now_ < accept_at ? std::min(until, accept_at) : until;
     }
 
-    /// Gives a runner as much work as it may have, and goes on without select() while it answers at
-    /// once: to yield the processor to it is cheaper than to sleep and be woken. After some rounds
-    /// select() has to look at the ready queue.
-    void run_ahead() {
+    /// Gives the runners as much work as they may have, and goes on without select() while they
+    /// answer at once: to yield the processor to one is cheaper than to sleep and be woken.
+    void run_requests() {
         for (int round = 0; round < 8; ++round) {
+            if (std::exchange(look_, false)) { take_from_queue(); }
             if (booted_ && wants_request()) { accept_clients(); }
+            dispatch();
             Slot* slot = nullptr;  // whose request went out just now
             each_slot([&](Slot& each) { slot = each.busy && each.since == now_ ? &each : slot; });
             if (slot == nullptr) { return; }
-            if (slot->ahead == 0) { ::sched_yield(); }
+            ::sched_yield();
             now_ = Clock::now();
             if (!read_runner(*slot)) { return; }
         }
@@ -2483,6 +2502,7 @@ private:
             case State::ReadHead: c.deadline = now_ + config_.header_timeout; break;
             case State::Ready:
                 c.deadline = config_.timeout > 0s ? c.pass.started + config_.timeout : patience;
+                ready_.push_back(&c);
                 break;
             case State::ReadBody:
             case State::Reply: c.deadline = patience; break;
@@ -2683,7 +2703,7 @@ private:
         return config_.limit_request_body > 0 && body > config_.limit_request_body;
     }
 
-    /// The request is complete: it runs at once, or waits, here for a moment or in the queue.
+    /// The request is complete: dispatch() gives it to a runner, or it waits.
     void ready(Connection& c) {
         if (c.parser.request.chunked) {
             c.env.insert(sizeof "CONTENT_LENGTH", to_string(c.body.size()));
@@ -2692,7 +2712,6 @@ private:
         c.in = string();
         c.pass.started = now_;
         set_state(c, State::Ready);
-        if (!dispatch(c)) { ready_.push_back(&c); }
     }
 
     /// Answers in the server's own name, whatever became of the request.
@@ -2751,9 +2770,11 @@ private:
         }
         each_slot([&](Slot& slot) {
             if (slot.current == &c) { abandon(slot); }
-            if (slot.ahead > 0 && slot.next == &c && take_back(slot) == nullptr) {
-                slot.next = nullptr;  // it has begun
-                slot.request = c.request_line();
+            const auto mine = [&c](const Ahead& each) { return each.client == &c; };
+            if (std::none_of(slot.ahead.begin(), slot.ahead.end(), mine)) { return; }
+            take_back(slot);
+            for (Ahead& each : slot.ahead) {  // it has begun
+                if (mine(each)) { each.client = nullptr, slot.request = c.request_line(); }
             }
         });
         set_state(c, State::Done);
@@ -2831,15 +2852,15 @@ private:
     /// A worker that leaves alone, or makes way for a new one, leaves the queue to the others.
     bool takes_from_queue() const { return stop_ != Stop::Leave; }
 
-    /// The request that has waited longest in the queue, null if there is none to be had.
-    Connection* take_from_queue() {
-        Connection* c = nullptr;
-        while (c == nullptr && wants_request() && takes_from_queue() && receive(c)) {}
-        return c;
+    /// What runners want comes from the queue first: it has waited longer than what waits here.
+    void take_from_queue() {
+        const auto own = static_cast<std::ptrdiff_t>(ready_.size());
+        for (size_t n = places(); n > 0 && takes_from_queue() && receive(); --n) {}
+        std::rotate(ready_.begin(), ready_.begin() + own, ready_.end());
     }
 
-    /// Takes one connection from the queue, false if there is none; `ready`, where it is complete.
-    bool receive(Connection*& ready) {
+    /// Takes one connection from the queue, false if there is none.
+    bool receive() {
         // One more than the limit: a descriptor that finds no room is lost with its request.
         if (connected_ > config_.worker_connections && !shed()) { return false; }
         int fds[2] = {-1, -1};
@@ -2863,18 +2884,14 @@ private:
         c->body.append(data, data.size());
         c->ends.peer = lookup(c->env, "REMOTE_ADDR");
         set_state(*c, pass.state);
-        const bool complete = pass.state == State::Ready;
-        if (!complete) { resume(*c); }
-        if (c->state <= State::Ready && !pass.eof) {
-            read_client(*c);
-        }  // has it sent more, or gone?
+        if (c->state != State::Ready) { resume(*c); }
+        if (c->state <= State::Ready && !pass.eof) { read_client(*c); }  // more, or a reset?
         if (lost && c->state <= State::Ready) {
             refuse(*c, {503, "no descriptor for the body"});
         } else if (c->deadline <= now_) {
             expire(*c);
         }
-        ready = complete && c->state == State::Ready ? c : nullptr;
-        if (ready == nullptr) { settle(*c); }
+        if (c->state != State::Ready) { settle(*c); }
         return true;
     }
 
@@ -2902,9 +2919,7 @@ private:
         Passport pass;
         while (::recv(queue_.second.get(), &pass, sizeof pass, MSG_PEEK | MSG_DONTWAIT) > 0 &&
                (pass.state != State::Ready || now_ >= pass.deadline)) {
-            Connection* c = nullptr;
-            if (!takes_from_queue() || !receive(c)) { return; }
-            if (c != nullptr) { ready_.push_back(c); }
+            if (!takes_from_queue() || !receive()) { return; }
         }
     }
 
@@ -2927,56 +2942,75 @@ private:
         return slot.current != nullptr && slot.current->out.full();
     }
 
-    /// Where a request could go now: to an idle slot, or else to a quick one that has only one.
-    Slot* find_slot() {
-        Slot* quick = nullptr;
-        for (Runner& runner : runners_) {
-            if (runner.phase != Phase::Serving || runner.dead) { continue; }
-            for (Slot& slot : runner.slots) {
-                if (!slot.busy) { return &slot; }
-                const bool takes = slot.quick && slot.ahead == 0 && !slot.answered &&
-                                   slot.out.size() == 0 && now_ < slot.since + kAhead;
-                if (quick == nullptr && takes && !runner.new_log) { quick = &slot; }
-            }
-        }
-        return quick;
+    /// How many requests a slot would take now: what it runs next, and what lies ahead.
+    size_t places(const Slot& slot) const {
+        const bool serves = slot.runner->phase == Phase::Serving && !slot.runner->dead;
+        if (!slot.busy || !serves) { return serves ? 1 + slot.depth : 0; }
+        const bool quick =
+            !slot.answered && !slot.full && !slot.runner->new_log && now_ < slot.since + kAhead;
+        return quick && slot.depth > slot.ahead.size() ? slot.depth - slot.ahead.size() : 0;
     }
 
-    bool wants_request() { return find_slot() != nullptr; }
+    size_t places() {
+        size_t sum = 0;
+        each_slot([&](const Slot& slot) { sum += places(slot); });
+        return sum;
+    }
+
+    bool wants_request() { return places() > ready_.size(); }
+
+    /// Where a request should go: to an idle slot, or else ahead of its time to a quick one.
+    Slot* find_slot() {
+        Slot* found = nullptr;
+        each_slot([&](Slot& slot) {
+            const bool better = found == nullptr || (found->busy && !slot.busy);
+            if (better && places(slot) > 0) { found = &slot; }
+        });
+        return found;
+    }
 
     bool has_idle_slot() {
         const Slot* slot = find_slot();
         return slot != nullptr && !slot->busy;
     }
 
-    /// Gives a request to the runner, perhaps ahead of its time; false if it has to wait.
-    bool dispatch(Connection& c) {
-        Slot* slot = find_slot();
-        if (slot == nullptr) { return false; }
-        string head = to_string(c.env.size()) + ":" + c.env + ",";
-        if (slot->busy) { return hand_ahead(*slot, c, head += c.body.newest()); }
-        set_state(c, State::Run);
-        slot->out = std::exchange(c.body, Spool());
-        const string& path = config_.errorlog;
-        const bool tell = std::exchange(slot->runner->new_log, false);
-        if (tell) { head.insert(0, to_string(path.size()) + ":" + path + ","); }
-        slot->out.prepend(head);
-        slot->current = &c;
-        begin_request(*slot);
-        feed_runner(*slot);
-        return true;
+    /// Hands out what waits here, as far as runners want it. What lies ahead goes in first: so a
+    /// runner, which sleeps at the pipe whose turn it is, is woken once for all.
+    void dispatch() {
+        Slot* slot = nullptr;
+        while (!ready_.empty() && (slot = find_slot()) != nullptr) {
+            Connection& c = *ready_.front();
+            if (!slot->busy) {
+                begin_request(*slot, &c);
+            } else if (!hand_ahead(*slot, c)) {
+                break;
+            }
+        }
+        each_slot([this](Slot& each) {
+            if (each.busy && !each.full && each.out.size() > 0) { feed_runner(each); }
+        });
     }
 
-    bool hand_ahead(Slot& slot, Connection& c, string_view frame) {
+    /// False: it has to wait for an idle slot.
+    bool hand_ahead(Slot& slot, Connection& c) {
+        const string frame = netstring(c.env) + string(c.body.newest());
+        const size_t pipe = (slot.turn + slot.ahead.size() + 1) % slot.to.size();
         const bool fits = c.body.stored() == 0 && frame.size() <= slot.most_ahead;
-        if (!fits || write_some(slot.to[1 - slot.turn], frame) < 0) { return false; }
+        if (!fits || write_some(slot.to[pipe], frame) < 0) { return false; }
         set_state(c, State::Run);
-        slot.ahead = frame.size();
-        slot.next = &c;
+        slot.ahead.push_back({&c, frame.size()});
         return true;
     }
 
-    void begin_request(Slot& slot) {
+    /// Makes the request of `c`, null where nobody waits for it, that which the slot is busy with.
+    void begin_request(Slot& slot, Connection* c) {
+        if (c != nullptr && c->state == State::Ready) {
+            set_state(*c, State::Run);
+            slot.out = std::exchange(c->body, Spool());
+            const bool tell = std::exchange(slot.runner->new_log, false);
+            slot.out.prepend((tell ? netstring(config_.errorlog) : "") + netstring(c->env));
+        }
+        slot.current = c;
         slot.busy = true;
         slot.answered = false;
         slot.since = last_begin_ = now_;
@@ -2985,28 +3019,27 @@ private:
     }
 
     static Time take_back_at(const Slot& slot) {
-        return slot.ahead > 0 ? slot.since + kAhead : Time::max();
+        return slot.ahead.empty() ? Time::max() : slot.since + kAhead;
     }
 
-    /// The request that lies in the other pipe, out of it again; null if the runner has read it. If
-    /// it has read a part, which POSIX allows above PIPE_BUF, the rest goes in again.
-    Connection* take_back(Slot& slot) {
-        const int other = 1 - slot.turn;
-        const ssize_t n = slot.ahead == 0 ? 0 : read_some(slot.back[other], buffer_, kMaxMessage);
-        const size_t size = static_cast<size_t>(std::max<ssize_t>(n, 0));
-        if (size < slot.ahead) {
-            if (size > 0) { (void)write_some(slot.to[other], string_view(buffer_, size)); }
-            return nullptr;
+    /// Takes out again what lies ahead and the runner has not read, to wait here as it would have
+    /// without that. Of what it has read a part, which POSIX allows above PIPE_BUF, the rest goes
+    /// in again.
+    void take_back(Slot& slot) {
+        while (!slot.ahead.empty()) {
+            const auto [client, all] = slot.ahead.back();
+            const size_t pipe = (slot.turn + slot.ahead.size()) % slot.to.size();
+            const ssize_t n = read_some(slot.back[pipe], buffer_, kMaxMessage);
+            const size_t size = static_cast<size_t>(std::max<ssize_t>(n, 0));
+            if (size < all && size > 0) {
+                (void)write_some(slot.to[pipe], string_view(buffer_, size));
+            }
+            if (size < all) { return; }
+            slot.ahead.pop_back();
+            if (client == nullptr) { continue; }
+            set_state(*client, State::Ready);
+            std::rotate(ready_.begin(), ready_.end() - 1, ready_.end());
         }
-        slot.ahead = 0;
-        return std::exchange(slot.next, nullptr);
-    }
-
-    /// A request that was taken back goes where it would have been without that.
-    void wait_again(Connection* c) {
-        if (c == nullptr) { return; }
-        set_state(*c, State::Ready);
-        if (!dispatch(*c)) { ready_.insert(ready_.begin(), c); }
     }
 
     /// A sign of life: the application gets `timeout` seconds from now.
@@ -3017,9 +3050,14 @@ private:
     void feed_runner(Slot& slot) {
         while (slot.pipe() && slot.out.size() > 0) {
             const ssize_t n = write_some(slot.pipe(), slot.out.front());
+            if (n < 0 && !std::exchange(slot.full, true)) {
+                ::dup2(slot.pipe().get(), slot.copy.get());
+                set_flags(slot.copy.get(), false);
+            }
             if (n < 0) { return; }
             slot.out.pop(static_cast<size_t>(n));
         }
+        slot.full = false;
         if (slot.busy && slot.answered && slot.pipe()) { become_idle(slot); }
     }
 
@@ -3033,7 +3071,7 @@ private:
         string_view in(replies_, static_cast<size_t>(n)), piece;
         for (Event event; (event = slot.reader.next(in, piece)) != Event::NeedMore;) {
             const bool last = event == Event::End || event == Event::Failed;
-            const bool behind = last && !in.empty() && slot.ahead == 0;
+            const bool behind = last && !in.empty() && slot.ahead.empty();
             if (event == Event::Bad || behind || (!slot.busy && event != Event::End)) {
                 log(Level::Error,
                     "Runner (pid:" + to_string(slot.runner->pid) + ") broke the protocol");
@@ -3118,14 +3156,15 @@ private:
             notify();
             (void)write_some(arbiter_, string_view("", 1));
         }
-        for (size_t n = runner.slots.size(); n > 0; --n) { next_request(true); }
+        look_ = true;
     }
 
     /// The runner has said all it has to say about this request, or that it is ready.
     void end_reply(Slot& slot, bool good) {
         if (slot.runner->phase == Phase::Booting) { return take_over(*slot.runner); }
         slot.answered = true;
-        slot.quick = config_.runner.empty() && now_ < slot.since + kAhead;
+        const auto took = std::max<Clock::duration>(now_ - slot.since, 1us);
+        slot.depth = std::min(slot.to.size() - 1, static_cast<size_t>(kAhead / took));
         if (good) { failures_ = 0; }
         Connection* c = std::exchange(slot.current, nullptr);
         if (c != nullptr && slot.out.size() > 0) { slot.request = c->request_line(); }
@@ -3160,19 +3199,18 @@ private:
     void become_idle(Slot& slot) {
         Runner& runner = *slot.runner;
         slot.out = Spool();  // with its file: this slot may rest for long
-        if (config_.runner.empty()) { slot.turn = 1 - slot.turn; }
-        if (std::exchange(slot.ahead, 0) > 0) {
-            slot.current = std::exchange(slot.next, nullptr);
-            begin_request(slot);
+        slot.turn = (slot.turn + 1) % slot.to.size();
+        if (!slot.ahead.empty()) {
+            begin_request(slot, slot.ahead.front().client);
+            slot.ahead.erase(slot.ahead.begin());
             if (slot.current == nullptr) { slot.out.append("0:,", kPiece); }
-            feed_runner(slot);
         } else {
             slot.busy = false;
             slot.deadline = Time::max();
         }
         if (runner.left > 0 && --runner.left == 0) { start_successor(runner); }
         if (runner.phase == Phase::Retired) { leave_if_idle(runner); }
-        next_request(++served_ % 8 == 0);
+        look_ = look_ || !ready_.empty() || ++served_ % 8 == 0;
     }
 
     /// The runner has had its --max-requests: another is started, and until that has loaded the
@@ -3191,20 +3229,12 @@ private:
         kill_runner_after(runner, config_.graceful_timeout);
     }
 
-    /// What waits here has not waited for long, what waits in the queue has: that goes first.
-    void next_request(bool look) {
-        if (!wants_request()) { return; }
-        Connection* c = look || !ready_.empty() ? take_from_queue() : nullptr;
-        if (c != nullptr) { ready_.insert(ready_.begin(), c); }
-        if (!ready_.empty()) { dispatch(*ready_.front()); }
-    }
-
     /// A pipe is of no use any more: the runner has to go, if need be by SIGKILL. What runs in its
     /// other slots may still end.
     void lose_slot(Slot& slot) {
         Runner& runner = *slot.runner;
         if (slot.busy || runner.phase != Phase::Retired) { runner.phase = Phase::Dying; }
-        wait_again(take_back(slot));
+        take_back(slot);
         slot.close_requests();
         slot.from.reset();
         slot.deadline = Time::max();
@@ -3235,7 +3265,7 @@ private:
                                  " s: " + escape(c != nullptr ? c->request_line() : slot.request));
         if (runner.signal == 0) { runner.phase = Phase::Hung; }
         slot.deadline = Time::max();
-        wait_again(take_back(slot));
+        take_back(slot);
         kill_runner_after(runner, kKillDelay);
         if (c != nullptr) { end_response(*c, false, {504, "the application did not answer"}); }
     }
@@ -3268,7 +3298,7 @@ private:
         runner.dead = true;
         for (Slot& slot : runner.slots) {
             while (slot.from && read_runner(slot)) {}  // what it still said counts
-            wait_again(take_back(slot));
+            take_back(slot);
         }
         std::list<Runner> gone;
         gone.splice(gone.begin(), runners_, found);
@@ -3276,11 +3306,12 @@ private:
         std::vector<Connection*> lost;
         string lines;
         for (const Slot& slot : runner.slots) {
-            for (Connection* c : {slot.current, slot.next}) {
-                if (c == nullptr) { continue; }
-                lost.push_back(c);
-                (lines += lines.empty() ? ": " : ", ") += escape(c->request_line());
-            }
+            lost.push_back(slot.current);
+            for (const Ahead& each : slot.ahead) { lost.push_back(each.client); }
+        }
+        lost.erase(std::remove(lost.begin(), lost.end(), nullptr), lost.end());
+        for (const Connection* c : lost) {
+            (lines += lines.empty() ? ": " : ", ") += escape(c->request_line());
         }
         const bool expected = retired && status == 0;
         if ((has_work() && !expected) || (status != 0 && runner.signal == 0)) {
@@ -3353,7 +3384,7 @@ private:
         const int extra = jitter > 0 ? static_cast<int>(::random() % (jitter + 1L)) : 0;
         runner.left = config_.max_requests > 0 ? config_.max_requests + extra : 0;
         for (const Slot& slot : runner.slots) {
-            max_fd_ = std::max({max_fd_, slot.to[0].get(), slot.to[1].get(), slot.from.get()});
+            max_fd_ = std::max({max_fd_, slot.copy.get(), slot.from.get()});
         }
         return {};
     }
@@ -3370,6 +3401,7 @@ private:
     std::vector<Connection*> ready_;                       // complete, waiting here for a runner
     int connected_ = 0, failures_ = 0, status_ = 0, max_fd_ = 0;
     size_t turn_ = 0, served_ = 0;    // the listener to begin with; requests
+    bool look_ = false;               // into the ready queue, before what waits here is handed out
     uint64_t begun_ = 0, shown_ = 1;  // requests that went to the runner; what show_title() showed
     Stop stop_ = Stop::No;
     bool booted_ = false, spinner_ = false, dismissed_ = false;  // dismissed: the last runner
@@ -3749,11 +3781,13 @@ Error apply(Config& config, rlim_t& files) {
     }
     files = set_soft_limit(4 * FD_SETSIZE);
     const rlim_t limit = set_soft_limit(4 * FD_SETSIZE);
-    // What select() sees beside clients: three pipes a slot, while a runner is replaced twice.
-    const int others = 14 + 6 * config.threads + static_cast<int>(config.bind.size());
+    const bool ample = limit >= 2 * FD_SETSIZE;
+    config.pipes = !config.runner.empty() ? 1 : ample && config.threads == 1 ? config.pipes : 2;
+    // What select() sees beside clients: two pipes a slot, while a runner is replaced twice.
+    const int others = 14 + 4 * config.threads + static_cast<int>(config.bind.size());
     int most = static_cast<int>(std::min<rlim_t>(limit, FD_SETSIZE)) - others;
-    if (limit < 2 * FD_SETSIZE) {
-        most = (most - 5 - 7 * config.threads) / 2;  // shared with files, and other ends of pipes
+    if (!ample) {
+        most = (most - 5 - 9 * config.threads) / 2;  // shared with files, and other ends of pipes
     }
     if (most < 1 && config.threads > 1) { return {1, "too few descriptors for so many --threads"}; }
     most = std::max(1, most);
