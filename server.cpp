@@ -302,7 +302,7 @@ public:
     }
 
     void pop(size_t n) { offset_ += n; }
-    void prepend(string_view data) { front_.insert(offset_, data); }
+    void prepend(string_view data) { (void)front(), front_.insert(offset_, data); }
     bool failed() const { return failed_; }
     bool full() const { return size() > 0 && (failed_ || file_end_ >= int64_t{1} << 30); }
     size_t memory() const { return front_.size() - offset_ + back_.size(); }
@@ -1944,8 +1944,11 @@ def main(name, paths, software, files, threads, *fds):
 main(*map(os.fsdecode, settings))
 )py";
 
-string netstring(string_view payload) {
-    return to_string(payload.size()) + ":" + string(payload) + ",";
+/// A frame, and what follows it.
+string netstring(string_view payload, string_view rest = "") {
+    string text = to_string(payload.size()) + ":";
+    text.reserve(text.size() + payload.size() + 1 + rest.size());
+    return ((text += payload) += ',') += rest;
 }
 
 /// Tells what the frames of a runner mean, piece by piece, however the bytes arrive.
@@ -2993,7 +2996,7 @@ private:
 
     /// False: it has to wait for an idle slot.
     bool hand_ahead(Slot& slot, Connection& c) {
-        const string frame = netstring(c.env) + string(c.body.newest());
+        const string frame = netstring(c.env, c.body.newest());
         const size_t pipe = (slot.turn + slot.ahead.size() + 1) % slot.to.size();
         const bool fits = c.body.stored() == 0 && frame.size() <= slot.most_ahead;
         if (!fits || write_some(slot.to[pipe], frame) < 0) { return false; }
@@ -3008,7 +3011,8 @@ private:
             set_state(*c, State::Run);
             slot.out = std::exchange(c->body, Spool());
             const bool tell = std::exchange(slot.runner->new_log, false);
-            slot.out.prepend((tell ? netstring(config_.errorlog) : "") + netstring(c->env));
+            slot.out.prepend(netstring(c->env));
+            if (tell) { slot.out.prepend(netstring(config_.errorlog)); }
         }
         slot.current = c;
         slot.busy = true;
@@ -3129,18 +3133,41 @@ private:
         }
         if (piece.empty()) { return; }
         c.body_bytes += static_cast<int64_t>(piece.size());
-        const size_t limit = reply_memory_ < kWorkerMemory ? kReplyMemory : 0;
-        if (!c.chunked && c.out.size() == 0) {  // what the client takes at once need not be kept
-            const ssize_t n = ::send(c.socket.get(), piece.data(), piece.size(), 0);
-            if (n > 0) { set_state(c, State::Reply); }
-            piece.remove_prefix(static_cast<size_t>(std::max<ssize_t>(n, 0)));
-        }
-        if (!c.chunked) { return c.out.append(piece, limit); }
+        if (!c.chunked) { return send_or_keep(c, {piece}); }
         char size[20];
         std::snprintf(size, sizeof size, "%zx\r\n", piece.size());
-        c.out.append(size, kReplyMemory);
-        c.out.append(piece, limit);
-        c.out.append("\r\n", kReplyMemory);
+        send_or_keep(c, {size, piece, "\r\n"});
+    }
+
+    /// Keeps what is small, to be sent with what comes next. What is large goes from the buffer to
+    /// the client, as far as that takes it.
+    void send_or_keep(Connection& c, std::initializer_list<string_view> parts) {
+        const size_t limit = reply_memory_ < kWorkerMemory ? kReplyMemory : 0;
+        const string_view before = c.out.front();
+        struct iovec pieces[4] = {};
+        struct msghdr message {};
+        message.msg_iov = pieces;
+        size_t all = 0;
+        const auto add = [&](string_view part) {
+            pieces[message.msg_iovlen++] = {const_cast<char*>(part.data()), part.size()};
+            all += part.size();
+        };
+        add(before);
+        for (const string_view part : parts) { add(part); }
+        ssize_t sent = 0;
+        if (all >= kPiece / 4 && before.size() == static_cast<size_t>(c.out.size())) {
+            sent = retry([&] { return ::sendmsg(c.socket.get(), &message, 0); });
+        }
+        if (sent > 0) { set_state(c, State::Reply); }
+        size_t gone = static_cast<size_t>(std::max<ssize_t>(sent, 0));
+        const size_t old = std::min(gone, before.size());
+        gone -= old;
+        c.out.pop(old);
+        for (string_view part : parts) {
+            const size_t here = std::min(gone, part.size());
+            gone -= here;
+            c.out.append(part.substr(here), limit);
+        }
     }
 
     /// The application is loaded: this runner serves, and one that did until now finishes what it
@@ -3410,9 +3437,9 @@ private:
     int colds_ = 0;                       // members of cold_
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_;
-    Time last_begin_ = now_;    // when a request went out last
-    char replies_[kPiece];      // from the runner; while they are read, buffer_ may be used
-    char buffer_[kMaxMessage];  // from a client or the ready queue
+    Time last_begin_ = now_;     // when a request went out last
+    char replies_[kMaxMessage];  // from the runner; while they are read, buffer_ may be used
+    char buffer_[kMaxMessage];   // from a client or the ready queue
 };
 
 // ============================================================================
