@@ -8,7 +8,7 @@
 //    │   └─ runner          python3, started once, holds the WSGI application, two pipes
 //    └─ worker N …
 //
-// The path of a request, by function:
+// The path of a request, in order of time:
 //   accept_client → read_client → parse → ready ──────────────┬→ dispatch → feed_runner
 //                       ready queue: pass_on → take_from_queue ┘     (runner: Slot.serve)
 //   finish ← flush ← end_reply ← reply_body ← take_reply ← read_runner ←──────┘
@@ -27,7 +27,7 @@
 //   WINCH       with --daemon: no workers until HUP          ignored
 //   CHLD        reap_workers                                 reap_runners
 //
-// Contents: grep '^//  [0-9]' server.cpp
+// Contents: grep -E '^//  [0-9]|^    // --- ' server.cpp
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <grp.h>
@@ -69,7 +69,7 @@
 namespace {
 
 // ============================================================================
-//  1. Small tools
+//  1. Small tools: descriptors, text and numbers, Spool (bytes in memory, then in a file), signals
 //
 //  Errors are values: a forked child must not unwind through its parent's frames, and in a
 //  select loop most failures are one connection's everyday result. Deadlines come from the
@@ -1418,7 +1418,9 @@ private:
     /// smuggled (RFC 9112 section 6.1).
     Error take_coding(string_view value) {
         Request& r = request;
-        if (r.minor == 0 || r.length >= 0) { return {400, "Transfer-Encoding is not for here"}; }
+        if (r.minor == 0 || r.length >= 0) {
+            return {400, "Transfer-Encoding beside Content-Length, or in HTTP/1.0"};
+        }
         int codings = 0;
         for (bool more = true; more; ++codings) {
             more = value.find(',') != string::npos;
@@ -1645,26 +1647,24 @@ string final_head(const Response& r, int minor, bool chunked) {
 
 /// The server's own answer; it echoes nothing of the request.
 Response error_response(int status, string& body) {
-    static constexpr std::pair<int, const char*> kReasons[] = {
-        {400, "Bad Request"},
-        {403, "Forbidden"},
-        {408, "Request Timeout"},
-        {413, "Content Too Large"},
-        {414, "URI Too Long"},
-        {417, "Expectation Failed"},
-        {431, "Request Header Fields Too Large"},
-        {500, "Internal Server Error"},
-        {501, "Not Implemented"},
-        {502, "Bad Gateway"},
-        {503, "Service Unavailable"},
-        {504, "Gateway Timeout"},
-        {505, "HTTP Version Not Supported"},
-        {507, "Insufficient Storage"}};
+    static constexpr string_view kLines[] = {"400 Bad Request",
+                                             "403 Forbidden",
+                                             "408 Request Timeout",
+                                             "413 Content Too Large",
+                                             "414 URI Too Long",
+                                             "417 Expectation Failed",
+                                             "431 Request Header Fields Too Large",
+                                             "500 Internal Server Error",
+                                             "501 Not Implemented",
+                                             "502 Bad Gateway",
+                                             "503 Service Unavailable",
+                                             "504 Gateway Timeout",
+                                             "505 HTTP Version Not Supported",
+                                             "507 Insufficient Storage"};
     Response r;
     r.status = status;
-    r.line = to_string(status);
-    for (const auto& [code, reason] : kReasons) {
-        r.line += code == status ? string(" ") + reason : "";
+    for (const string_view line : kLines) {
+        if (line.substr(0, 3) == to_string(status)) { r.line = line; }
     }
     body = r.line + "\n";
     r.fields = "Content-Type: text/plain\r\nContent-Length: " + to_string(body.size()) + "\r\n";
@@ -2018,7 +2018,7 @@ struct Slot {
     size_t depth = 0;               // how many these may be: about kAhead of work
     size_t most_ahead = kPiece;     // bytes that each may have
     Time since{};                   // when the request went out
-    Time deadline = Time::max();    // of the next frame
+    Time deadline = Time::max();    // to hear of it again
 
     const Fd& pipe() const { return to[turn]; }
 
@@ -2036,7 +2036,7 @@ struct Runner {
     pid_t pid = -1;
     std::vector<Slot> slots;
     bool new_log = false;        // it has to be told where the error log is
-    Time kill_at = Time::max();  // SIGKILL for a runner that should be gone
+    Time kill_at = Time::max();  // when end_runner() is due, for one that should be gone
     int signal = 0;              // the last signal that we sent it
     bool dead = false;           // it has ended; what it still said is being read
     int left = 0;                // requests until its successor is started; 0: no limit
@@ -2160,7 +2160,8 @@ string exit_text(int status) {
 //  9. Connection: what the worker knows of one client
 //
 //  ReadHead → ReadBody → Ready → Run → Reply → Linger → Done; a refused request goes straight
-//  to Reply. Only Worker::set_state() assigns the state, and the deadline with it.
+//  to Reply. Only Worker::set_state() assigns the state, and with it the deadline and the place in
+//  the list of those that are Ready.
 // ============================================================================
 enum class Stop { No, Leave, Drain, Now };  // Drain: the ready queue, too
 enum class State { ReadHead, ReadBody, Ready, Run, Reply, Linger, Done };
@@ -2171,8 +2172,7 @@ struct Passport {
     State state = State::ReadHead;  // a request that is not complete: how far it is,
     Time deadline{};                // and by when it has to be
     RequestParser::Framing framing{};
-    int64_t stored = 0;  // bytes of the body that are in a file
-    size_t env_size = 0, in_size = 0;
+    int64_t stored = 0;              // bytes of the body that are in a file
     int minor = 0;                   // HTTP/1.minor
     bool bodyless = false;           // HEAD, 204, 304: the response has no body
     bool more = false, eof = false;  // the client sent more than its request; half-closed
@@ -2201,6 +2201,35 @@ struct Connection {
     size_t counted = 0;                      // bytes of `out` in Worker::reply_memory_
     bool chunked = false, too_long = false;  // the response is; has more than it announced
     bool complete = false, broken = false;   // no more will come; it must end visibly cut
+
+    /// As a datagram of the ready queue: passport, netstrings, body. Of a head that is not complete
+    /// all bytes go along, to be read again. The socket and the body's file travel beside it.
+    string pack() {
+        pass.state = state;
+        pass.deadline = deadline;
+        pass.framing = parser.framing();
+        pass.stored = body.stored();
+        string message(reinterpret_cast<const char*>(&pass), sizeof pass);
+        for (const string* part :
+             {&from, &ends.peer, &ends.peer_port, &ends.server, &ends.server_port, &env, &taken}) {
+            message += netstring(*part);
+        }
+        return message + netstring(in, body.newest());
+    }
+
+    void unpack(string_view message) {
+        std::memcpy(&pass, message.data(), sizeof pass);
+        message.remove_prefix(sizeof pass);
+        for (string* part : {&from, &ends.peer, &ends.peer_port, &ends.server, &ends.server_port,
+                             &env, &taken, &in}) {
+            int64_t size = 0;
+            parse_number(cut(message, ':'), size);
+            *part = message.substr(0, static_cast<size_t>(size));
+            message.remove_prefix(part->size() + 1);
+        }
+        in.insert(0, std::exchange(taken, string()));
+        body.append(message, message.size());
+    }
 
     /// For logs: the request line, to be escaped.
     string request_line() const {
@@ -2277,6 +2306,7 @@ public:
 private:
     // --- life -------------------------------------------------------------------------------
 
+    /// After the fork: signals, another user, the first heartbeat, the first runner.
     Error init_process() {
         log(Level::Info, "Booting worker with pid: " + to_string(::getpid()));
         set_title(config_, "worker");
@@ -2293,7 +2323,7 @@ private:
         return boot_runner();
     }
 
-    /// Beats the heart: the file's mode alternates, the arbiter reads its ctime. Bit 2: booted.
+    /// Beats the heart: the file's mode alternates, the arbiter reads its ctime. Mode 0002: booted.
     void notify() {
         spinner_ = !spinner_;
         ::fchmod(tmp_.get(), static_cast<mode_t>((booted_ ? 2 : 0) + (spinner_ ? 1 : 0)));
@@ -2324,7 +2354,7 @@ private:
         }
     }
 
-    /// Unless it is now, what has been accepted is served, also by the kernel.
+    /// Unless it is now, what has been accepted is served, and what waits in the backlog accepted.
     void stop(Stop how) {
         const bool first = stop_ == Stop::No;
         stop_ = std::max(stop_, how);
@@ -2344,6 +2374,7 @@ private:
 
     // --- the loop ---------------------------------------------------------------------------
 
+    /// One select(), and what comes of it; then the work of run_requests(), pass_on() and tick().
     void turn() {
         fd_set reads = reads_, writes = writes_;
         const bool look = colds_ > 0 && now_ >= look_again_;  // at the cold ones, too
@@ -2422,8 +2453,8 @@ private:
     void run_requests() {
         for (int round = 0; round < 8; ++round) {
             if (std::exchange(look_, false)) { take_from_queue(); }
-            if (booted_ && wants_request()) { accept_clients(); }
             dispatch();
+            if (booted_ && wants_request()) { accept_clients(); }
             Slot* slot = nullptr;  // whose request went out just now
             each_slot([&](Slot& each) { slot = each.busy && each.since == now_ ? &each : slot; });
             if (slot == nullptr) { return; }
@@ -2433,7 +2464,7 @@ private:
         }
     }
 
-    /// Whatever has its time.
+    /// Every kTick, or once a second when idle: heartbeat, deadlines, cold sockets, runners, queue.
     void tick() {
         if (::getppid() != arbiter_pid_) { stop(Stop::Now); }
         if (now_ >= next_notify_) {
@@ -2460,6 +2491,7 @@ private:
         next_tick_ = idle ? next_notify_ : now_ + kTick;
     }
 
+    /// Hung slots, runners that should be gone, and whether another has to start.
     void tick_runners() {
         each_slot([this](Slot& slot) {
             if (now_ >= slot.deadline) { hung_app(slot); }
@@ -2543,12 +2575,13 @@ private:
             const Listener& listener = listeners_[turn_++ % listeners_.size()];
             for (int i = 0; i < 16 && (!wanted || wants_request()); ++i) {
                 if (!accept_client(listener)) { break; }
+                dispatch();
             }
         }
     }
 
-    /// False: nobody waits at this listener, or nobody can be taken in; then it is left alone for a
-    /// moment, so as not to spin around it.
+    /// Accepts one client. False: nobody waits at this listener, or nobody can be taken in; then
+    /// all listeners are left alone for a moment, so as not to spin around them.
     bool accept_client(const Listener& listener) {
         const bool full = connected_ >= config_.worker_connections;
         const bool room = !full || find_victim() != nullptr;
@@ -2614,6 +2647,7 @@ private:
         return victim;
     }
 
+    /// Lets find_victim()'s choice go, with an answer if it has sent something.
     bool shed() {
         Connection* victim = find_victim();
         if (victim == nullptr) { return false; }
@@ -2795,7 +2829,7 @@ private:
     // --- the ready queue --------------------------------------------------------------------
 
     /// When the first of those that wait here goes to the queue: after 1 ms; or, as long as the
-    /// runner begins requests more often than that, after 10 ms.
+    /// runner begins requests more often than that, after 10 ms. A full queue gets 10 ms of rest.
     Time pass_at() const {
         if (ready_.empty()) { return Time::max(); }
         const Time since = ready_.front()->pass.started;
@@ -2805,25 +2839,8 @@ private:
 
     /// Sends a connection, with all that is known of it, to whichever worker takes it from the
     /// queue. False: it stays here.
-    bool send_on(Connection& c) {
-        string block = c.env;
-        if (c.state == State::ReadHead) {
-            const Endpoints& ends = c.ends;
-            add_variable(block, "from", c.from);
-            add_variable(block, "REMOTE_ADDR", ends.peer);
-            add_variable(block, "REMOTE_PORT", ends.peer_port);
-            add_variable(block, "SERVER_NAME", ends.server);
-            add_variable(block, "SERVER_PORT", ends.server_port);
-        }
-        Passport& pass = c.pass;
-        pass.state = c.state;
-        pass.deadline = c.deadline;
-        pass.framing = c.parser.framing();
-        pass.stored = c.body.stored();
-        pass.env_size = block.size();
-        pass.in_size = c.taken.size() + c.in.size();
-        string message(reinterpret_cast<const char*>(&pass), sizeof pass);
-        (((message += block) += c.taken) += c.in) += c.body.newest();
+    bool enqueue(Connection& c) {
+        string message = c.pack();
         const int socket = c.socket.get(), file = c.body.file().get();
         int fds[] = {socket, file < 0 ? socket : file};  // always two; one may be a mere copy
         if (exchange_message(queue_.first, true, message.data(), message.size(), fds) < 0) {
@@ -2839,7 +2856,7 @@ private:
     /// others, and waits for the runner of this worker.
     void pass_on() {
         for (size_t tries = ready_.size(); tries > 0 && now_ >= pass_at(); --tries) {
-            if (send_on(*ready_.front()) || errno != EMSGSIZE) { continue; }
+            if (enqueue(*ready_.front()) || errno != EMSGSIZE) { continue; }
             std::rotate(ready_.begin(), ready_.begin() + 1, ready_.end());
         }
     }
@@ -2848,7 +2865,7 @@ private:
     void hand_over_readers() {
         for (const auto& c : connections_) {
             const bool reader = c && c->state <= State::ReadBody && c->out.size() == 0;
-            if (reader && !send_on(*c) && errno != EMSGSIZE) { return; }
+            if (reader && !enqueue(*c) && errno != EMSGSIZE) { return; }
         }
     }
 
@@ -2858,12 +2875,12 @@ private:
     /// What runners want comes from the queue first: it has waited longer than what waits here.
     void take_from_queue() {
         const auto own = static_cast<std::ptrdiff_t>(ready_.size());
-        for (size_t n = places(); n > 0 && takes_from_queue() && receive(); --n) {}
+        for (size_t n = places(); n > 0 && takes_from_queue() && dequeue(); --n) {}
         std::rotate(ready_.begin(), ready_.begin() + own, ready_.end());
     }
 
-    /// Takes one connection from the queue, false if there is none.
-    bool receive() {
+    /// Takes one connection from the queue; false if there is none, or no room for it.
+    bool dequeue() {
         // One more than the limit: a descriptor that finds no room is lost with its request.
         if (connected_ > config_.worker_connections && !shed()) { return false; }
         int fds[2] = {-1, -1};
@@ -2873,19 +2890,12 @@ private:
         Fd file(fds[1]);
         Connection* c = adopt(Fd(fds[0]));
         if (c == nullptr) { return false; }
-        Passport& pass = c->pass;
-        string_view data(buffer_, static_cast<size_t>(n));
-        std::memcpy(&pass, data.data(), sizeof pass);
-        data.remove_prefix(sizeof pass);
-        c->env = data.substr(0, pass.env_size);
-        c->in = data.substr(pass.env_size, pass.in_size);
-        data.remove_prefix(pass.env_size + pass.in_size);
+        c->unpack(string_view(buffer_, static_cast<size_t>(n)));
+        const Passport& pass = c->pass;
         const bool lost = pass.stored > 0 && !file;  // no descriptor was free for it
         if (!lost && pass.stored > 0) {
             c->body.adopt_file(raise_fd(std::move(file)), pass.stored);
         }
-        c->body.append(data, data.size());
-        c->ends.peer = lookup(c->env, "REMOTE_ADDR");
         set_state(*c, pass.state);
         if (c->state != State::Ready) { resume(*c); }
         if (c->state <= State::Ready && !pass.eof) { read_client(*c); }  // more, or a reset?
@@ -2898,16 +2908,10 @@ private:
         return true;
     }
 
-    /// Goes on with a request that another worker has begun to read. Of an incomplete head all
-    /// bytes have come along, and are read again.
+    /// Goes on with a request that another worker has begun to read.
     void resume(Connection& c) {
         c.deadline = c.pass.deadline;
         if (c.state == State::ReadBody) { return c.parser.resume(c.pass.framing); }
-        c.ends.peer_port = lookup(c.env, "REMOTE_PORT");
-        c.ends.server = lookup(c.env, "SERVER_NAME");
-        c.ends.server_port = lookup(c.env, "SERVER_PORT");
-        c.from = lookup(c.env, "from");
-        c.env = string();
         if (!c.in.empty()) { parse(c); }
     }
 
@@ -2922,11 +2926,18 @@ private:
         Passport pass;
         while (::recv(queue_.second.get(), &pass, sizeof pass, MSG_PEEK | MSG_DONTWAIT) > 0 &&
                (pass.state != State::Ready || now_ >= pass.deadline)) {
-            if (!takes_from_queue() || !receive()) { return; }
+            if (!takes_from_queue() || !dequeue()) { return; }
         }
     }
 
     // --- the runner -------------------------------------------------------------------------
+    //
+    // A runner ends in one of these ways, and always in bury():
+    //   retired    a successor serves, or nothing is left to do: its request pipes are closed, and
+    //              it leaves as any Python program does (leave_if_idle, dismiss)
+    //   hung       hung_app: SIGABRT once no other slot is awaited, then SIGKILL (end_runner)
+    //   useless    a closed pipe or a broken protocol: lose_slot, SIGKILL after a second
+    //   dead       by itself: SIGCHLD brings it to bury() at once
 
     template <typename Action>
     void each_slot(Action action) {
@@ -2977,24 +2988,19 @@ private:
         return slot != nullptr && !slot->busy;
     }
 
-    /// Hands out what waits here, as far as runners want it. What lies ahead goes in first: so a
-    /// runner, which sleeps at the pipe whose turn it is, is woken once for all.
+    /// Hands out what waits here, as far as runners want it.
     void dispatch() {
         Slot* slot = nullptr;
         while (!ready_.empty() && (slot = find_slot()) != nullptr) {
             Connection& c = *ready_.front();
-            if (!slot->busy) {
-                begin_request(*slot, &c);
-            } else if (!hand_ahead(*slot, c)) {
-                break;
-            }
+            if (slot->busy && !hand_ahead(*slot, c)) { return; }
+            if (slot->busy) { continue; }
+            begin_request(*slot, &c);
+            feed_runner(*slot);
         }
-        each_slot([this](Slot& each) {
-            if (each.busy && !each.full && each.out.size() > 0) { feed_runner(each); }
-        });
     }
 
-    /// False: it has to wait for an idle slot.
+    /// Puts a request into the next pipe of a busy slot. False: it has to wait for an idle one.
     bool hand_ahead(Slot& slot, Connection& c) {
         const string frame = netstring(c.env, c.body.newest());
         const size_t pipe = (slot.turn + slot.ahead.size() + 1) % slot.to.size();
@@ -3062,7 +3068,7 @@ private:
             slot.out.pop(static_cast<size_t>(n));
         }
         slot.full = false;
-        if (slot.busy && slot.answered && slot.pipe()) { become_idle(slot); }
+        if (slot.busy && slot.answered && slot.pipe()) { end_request(slot); }
     }
 
     /// Reads once what the runner says; false where there is nothing more to read.
@@ -3120,6 +3126,7 @@ private:
         reply_body(c, string_view(c.app_head).substr(end + 2));
     }
 
+    /// A piece of the body, as far as its Content-Length allows, chunked if need be.
     void reply_body(Connection& c, string_view piece) {
         if (c.pass.bodyless) { return; }
         if (c.left >= 0) {
@@ -3139,40 +3146,44 @@ private:
         send_or_keep(c, {size, piece, "\r\n"});
     }
 
-    /// Keeps what is small, to be sent with what comes next. What is large goes from the buffer to
-    /// the client, as far as that takes it.
+    /// What is large goes from the buffer to the client, as far as that takes it. The rest, and
+    /// what is small, is kept for the flush() at the end of read_runner(): up to kReplyMemory a
+    /// client and kWorkerMemory in all in memory, then in a file.
     void send_or_keep(Connection& c, std::initializer_list<string_view> parts) {
         const size_t limit = reply_memory_ < kWorkerMemory ? kReplyMemory : 0;
-        const string_view before = c.out.front();
-        struct iovec pieces[4] = {};
-        struct msghdr message {};
-        message.msg_iov = pieces;
-        size_t all = 0;
-        const auto add = [&](string_view part) {
-            pieces[message.msg_iovlen++] = {const_cast<char*>(part.data()), part.size()};
-            all += part.size();
-        };
-        add(before);
-        for (const string_view part : parts) { add(part); }
-        ssize_t sent = 0;
-        if (all >= kPiece / 4 && before.size() == static_cast<size_t>(c.out.size())) {
-            sent = retry([&] { return ::sendmsg(c.socket.get(), &message, 0); });
-        }
-        if (sent > 0) { set_state(c, State::Reply); }
-        size_t gone = static_cast<size_t>(std::max<ssize_t>(sent, 0));
-        const size_t old = std::min(gone, before.size());
-        gone -= old;
-        c.out.pop(old);
-        for (string_view part : parts) {
+        size_t all = static_cast<size_t>(c.out.size()), gone = 0;
+        for (const string_view part : parts) { all += part.size(); }
+        if (all >= kPiece / 4) { gone = send_parts(c, parts); }
+        for (const string_view part : parts) {
             const size_t here = std::min(gone, part.size());
             gone -= here;
             c.out.append(part.substr(here), limit);
         }
     }
 
+    /// Sends what is kept, if that is all in memory, and the parts with it. How much of these went.
+    size_t send_parts(Connection& c, std::initializer_list<string_view> parts) {
+        const string_view kept = c.out.front();
+        if (kept.size() < static_cast<size_t>(c.out.size())) { return 0; }
+        struct iovec pieces[4] = {};
+        struct msghdr message {};
+        message.msg_iov = pieces;
+        const auto add = [&message](string_view part) {
+            message.msg_iov[message.msg_iovlen++] = {const_cast<char*>(part.data()), part.size()};
+        };
+        add(kept);
+        for (const string_view part : parts) { add(part); }
+        const ssize_t n = retry([&] { return ::sendmsg(c.socket.get(), &message, 0); });
+        if (n <= 0) { return 0; }
+        set_state(c, State::Reply);
+        const size_t sent = static_cast<size_t>(n), old = std::min(sent, kept.size());
+        c.out.pop(old);
+        return sent - old;
+    }
+
     /// The application is loaded: this runner serves, and one that did until now finishes what it
     /// has. To wait until that is idle would be to wait for ever, with many slots.
-    void take_over(Runner& runner) {
+    void runner_ready(Runner& runner) {
         for (Runner& old : runners_) {
             if (old.phase != Phase::Serving || runner.dead) { continue; }
             old.phase = Phase::Retired;
@@ -3188,7 +3199,7 @@ private:
 
     /// The runner has said all it has to say about this request, or that it is ready.
     void end_reply(Slot& slot, bool good) {
-        if (slot.runner->phase == Phase::Booting) { return take_over(*slot.runner); }
+        if (slot.runner->phase == Phase::Booting) { return runner_ready(*slot.runner); }
         slot.answered = true;
         const auto took = std::max<Clock::duration>(now_ - slot.since, 1us);
         slot.depth = std::min(slot.to.size() - 1, static_cast<size_t>(kAhead / took));
@@ -3222,8 +3233,9 @@ private:
         feed_runner(slot);
     }
 
-    /// The slot is free: the response has ended and the request has gone out entirely.
-    void become_idle(Slot& slot) {
+    /// The response has ended and the request has gone out entirely: the slot goes on with what
+    /// lies ahead, or is idle.
+    void end_request(Slot& slot) {
         Runner& runner = *slot.runner;
         slot.out = Spool();  // with its file: this slot may rest for long
         slot.turn = (slot.turn + 1) % slot.to.size();
@@ -3231,6 +3243,7 @@ private:
             begin_request(slot, slot.ahead.front().client);
             slot.ahead.erase(slot.ahead.begin());
             if (slot.current == nullptr) { slot.out.append("0:,", kPiece); }
+            feed_runner(slot);
         } else {
             slot.busy = false;
             slot.deadline = Time::max();
@@ -3272,7 +3285,8 @@ private:
         runner.kill_at = std::min(runner.kill_at, now_ + delay);
     }
 
-    /// At SIGABRT faulthandler prints the stacks; SIGKILL is for what the application forked, too.
+    /// To a hung runner SIGABRT, at which faulthandler prints the stacks; to others SIGKILL, with
+    /// all that they forked.
     void end_runner(Runner& runner) const {
         const bool hung = runner.phase == Phase::Hung;
         runner.phase = Phase::Dying;
@@ -3281,7 +3295,8 @@ private:
         ::kill(hung ? runner.pid : -runner.pid, runner.signal);
     }
 
-    /// No frame for `timeout` seconds. What runs in other slots has kKillDelay to end.
+    /// Not a byte for `timeout` seconds. What runs in other slots has kKillDelay to end. (The log
+    /// says so in gunicorn's words for a dead worker; murder_workers() does, too.)
     void hung_app(Slot& slot) {
         // Stalled: the client is slow, not the application.
         if (stalled(slot)) { return extend_deadline(slot); }
@@ -3349,7 +3364,8 @@ private:
         if (has_work() && !retired) { runner_failed(status); }
     }
 
-    /// Sees to it that another starts: at once, or later if none has completed a request.
+    /// Sees to it that another starts: at once, or later the more have failed in a row. The first
+    /// of all ends the worker instead.
     void runner_failed(int status) {
         restart_at_ = now_ + 1s;
         if (runners_in(Phase::Serving) > 0) { return; }
@@ -3614,7 +3630,8 @@ private:
     }
 
     /// Reload: one worker of a new generation, the canary. When it is ready the rest follow, and
-    /// then the old ones go (read_heartbeats, manage_workers); if it fails they stay.
+    /// then the old ones go (read_heartbeats, manage_workers); if it fails they stay (worker_lost).
+    /// The logs are opened again, too.
     void handle_hup() {
         log(Level::Info, "Hang up: Master");
         const auto now = std::chrono::duration_cast<microseconds>(now_.time_since_epoch());
@@ -3629,8 +3646,9 @@ private:
         canary_ = spawn_worker(++newest_);
     }
 
-    /// Looks at the heartbeat files: who lives, who is ready. Their ctime is only ever compared
-    /// with itself: setting the wall clock must not kill anyone.
+    /// Looks at the heartbeat files: who lives, who is ready. A canary that is ready makes its
+    /// generation the serving one. A ctime is only ever compared with itself: setting the wall
+    /// clock must not kill anyone.
     void read_heartbeats() {
         for (WorkerInfo& worker : workers_) {
             struct stat info {};
@@ -3647,7 +3665,8 @@ private:
         }
     }
 
-    /// Ends workers that have not beaten for `timeout`: SIGABRT, then SIGKILL.
+    /// Ends workers that have not beaten for `timeout`, by SIGABRT and then SIGKILL, and those that
+    /// were told to stop and have not in time.
     void murder_workers() {
         read_heartbeats();
         aborting_ = false;
@@ -3685,7 +3704,8 @@ private:
         }
     }
 
-    /// Halts if no worker could ever boot; else sees to it that a crash loop does not spin.
+    /// Halts if no worker could ever boot; a lost canary ends the reload; else sees to it that a
+    /// crash loop does not spin.
     void worker_lost(const WorkerInfo& worker, int code) {
         if (!ever_booted_ && (code == kWorkerBootError || code == kAppLoadError)) {
             status_ = code;
@@ -3774,7 +3794,7 @@ private:
 };
 
 // ============================================================================
-//  12. main
+//  12. main: puts the settings into force, binds or inherits the sockets
 // ============================================================================
 
 /// Puts the settings into force: directory, environment, descriptors, logs. `files` gets the
@@ -3858,7 +3878,7 @@ int check_app(const Config& config, rlim_t files) {
     return loaded ? 0 : no_boot ? kWorkerBootError : kAppLoadError;
 }
 
-/// Binds all addresses, or with --check-config only reads them.
+/// Takes over inherited sockets or else, but not with --check-config, binds all addresses.
 Error bind_all(const Config& config, std::vector<Listener>& listeners) {
     std::vector<Address> addresses;
     for (const string& text : config.bind) {
