@@ -6086,12 +6086,14 @@ def length(environ, start_response):
 /// Sets a limit of the server's process, and of all that it starts, until the end of a test.
 struct Limit {
     Limit(decltype(RLIMIT_NOFILE) what, rlim_t most) {
-        Server::before_exec = [what, most] {
+        Server::before_exec = [what, most, others = outer] {
+            if (others) { others(); }
             const struct rlimit limit = {most, most};
             ::setrlimit(what, &limit);
         };
     }
-    ~Limit() { Server::before_exec = nullptr; }
+    ~Limit() { Server::before_exec = outer; }
+    const std::function<void()> outer = Server::before_exec;
 };
 
 /// Lets this process have some thousand connections.
@@ -6340,10 +6342,11 @@ TEST_CASE("floods cost bounded time, no descriptor, no memory, and no processor 
                             "POST /length HTTP/1.1\r\nContent-Length: 100000\r\n\r\nxxx",
                             "POST /length HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
                             "GET /big HTTP/1.1\r\n\r\n"};
-    for (int i = 0; i < 3000; ++i) {
+    for (int i = 0; i < 10000; ++i) {
         Client client(server);
         client.send(parts[random.below(std::size(parts))]);
-        if (random.below(2) != 0) { client.reset(); }
+        const int end = static_cast<int>(random.below(20));  // 0: it waits for one
+        end > 9 ? client.reset() : end == 0 ? (void)client.readable(2ms) : void();
     }
     CHECK(answered(server, 20) == 20);
     string pipelined;
@@ -6385,8 +6388,12 @@ TEST_CASE(
     const char* seed = std::getenv("FAULT_SEED");
     Random random;
     random.state = seed != nullptr ? static_cast<uint32_t>(std::atoi(seed)) : 1;
+    const Limit descriptors(RLIMIT_NOFILE, 128), files(RLIMIT_FSIZE, 8 << 20);
     Server server(kTools + kOnce, {"-w", "3", "-t", "2"});
     REQUIRE(server.wait_ready_workers(3));
+    const vector<Client> silent = hold(server, 200, "");  // more than fit
+    const string large(10 << 20, 'x');                    // more than a file may have
+    std::set<int> uploaded;                               // what that was answered with
     const Time end = Clock::now() + span;
     Time next = Clock::now() + 300ms;
     size_t kills = 0, stops = 0;
@@ -6398,6 +6405,9 @@ TEST_CASE(
         if (!victims.empty()) {
             ::kill(victims[random.below(victims.size())], kill ? SIGKILL : SIGSTOP);
             kill ? ++kills : ++stops;
+        }
+        if (random.below(4) == 0) {
+            uploaded.insert(request(server.port(), post_bytes("/", large, false)).status);
         }
         return Clock::now() < end;
     });
@@ -6415,6 +6425,9 @@ TEST_CASE(
     const size_t named = count(log, "502 to ") + count(log, "503 to ") + count(log, "504 to ");
     const size_t workers = count(log, "[ERROR] Worker (pid:");
     CHECK(lost <= named + workers * 12);  // a worker takes what it holds with it, and says so
+    CHECK(uploaded.count(507) == 1);
+    CHECK(uploaded.count(200) == 0);
+    CHECK(contains(log, "lowered"));
     for (const auto& each : runs_of(server)) { REQUIRE(each.second == 1); }
     CHECK(
         wait_for([&] { return server.wait_ready_workers(3) && answered(server, 20) == 20; }, 40s));
