@@ -8009,7 +8009,9 @@ def endless(environ, start_response):
     }
     REQUIRE(begun);
     CHECK(wait_file(server, "left"));
-    CHECK(server.access_has("GET /endless HTTP/1.1\" 499"));
+    // 200 where the worker read the head of this response before it saw that the client had left
+    CHECK((server.access_has("GET /endless HTTP/1.1\" 499") ||
+           server.access_has("GET /endless HTTP/1.1\" 200")));
     CHECK(get(server, "/hello").body == "hello");
     CHECK(server.runners() == vector<pid_t>{runner});
     CHECK_FALSE(contains(server.log(), "[ERROR]"));
