@@ -2211,23 +2211,22 @@ struct Connection {
         pass.stored = body.stored();
         string message(reinterpret_cast<const char*>(&pass), sizeof pass);
         for (const string* part :
-             {&from, &ends.peer, &ends.peer_port, &ends.server, &ends.server_port, &env, &taken}) {
+             {&from, &ends.peer, &ends.peer_port, &ends.server, &ends.server_port, &env}) {
             message += netstring(*part);
         }
-        return message + netstring(in, body.newest());
+        return message + netstring(taken + in, body.newest());
     }
 
     void unpack(string_view message) {
         std::memcpy(&pass, message.data(), sizeof pass);
         message.remove_prefix(sizeof pass);
-        for (string* part : {&from, &ends.peer, &ends.peer_port, &ends.server, &ends.server_port,
-                             &env, &taken, &in}) {
+        for (string* part :
+             {&from, &ends.peer, &ends.peer_port, &ends.server, &ends.server_port, &env, &in}) {
             int64_t size = 0;
             parse_number(cut(message, ':'), size);
             *part = message.substr(0, static_cast<size_t>(size));
             message.remove_prefix(part->size() + 1);
         }
-        in.insert(0, std::exchange(taken, string()));
         body.append(message, message.size());
     }
 
@@ -2430,7 +2429,8 @@ private:
 
     /// Completes the sets with what depends on the runner, and says when to wake at the latest.
     Time prepare(fd_set& reads, fd_set& writes) {
-        Time until = std::min(next_tick_, pass_at());
+        const bool at_once = !ready_.empty() && has_idle_slot();  // run_requests() has its limits
+        Time until = at_once ? now_ : std::min(next_tick_, pass_at());
         each_slot([&](const Slot& slot) {
             if (slot.copy && slot.full) { FD_SET(slot.copy.get(), &writes); }
             if (!slot.from || stalled(slot)) { return; }
@@ -2580,8 +2580,8 @@ private:
         }
     }
 
-    /// Accepts one client. False: nobody waits at this listener, or nobody can be taken in; then
-    /// all listeners are left alone for a moment, so as not to spin around them.
+    /// Accepts one client. False: nobody waits at this listener; or nobody can be taken in, and all
+    /// listeners are left alone for a moment, so as not to spin around them.
     bool accept_client(const Listener& listener) {
         const bool full = connected_ >= config_.worker_connections;
         const bool room = !full || find_victim() != nullptr;
@@ -2958,8 +2958,8 @@ private:
 
     /// How many requests a slot would take now: what it runs next, and what lies ahead.
     size_t places(const Slot& slot) const {
-        const bool serves = slot.runner->phase == Phase::Serving && !slot.runner->dead;
-        if (!slot.busy || !serves) { return serves ? 1 + slot.depth : 0; }
+        if (slot.runner->phase != Phase::Serving || slot.runner->dead) { return 0; }
+        if (!slot.busy) { return 1 + slot.depth; }
         const bool quick =
             !slot.answered && !slot.full && !slot.runner->new_log && now_ < slot.since + kAhead;
         return quick && slot.depth > slot.ahead.size() ? slot.depth - slot.ahead.size() : 0;
@@ -2993,10 +2993,12 @@ private:
         Slot* slot = nullptr;
         while (!ready_.empty() && (slot = find_slot()) != nullptr) {
             Connection& c = *ready_.front();
-            if (slot->busy && !hand_ahead(*slot, c)) { return; }
-            if (slot->busy) { continue; }
-            begin_request(*slot, &c);
-            feed_runner(*slot);
+            if (slot->busy) {
+                if (!hand_ahead(*slot, c)) { return; }
+            } else {
+                begin_request(*slot, &c);
+                feed_runner(*slot);
+            }
         }
     }
 
@@ -3206,7 +3208,7 @@ private:
         if (good) { failures_ = 0; }
         Connection* c = std::exchange(slot.current, nullptr);
         if (c != nullptr && slot.out.size() > 0) { slot.request = c->request_line(); }
-        feed_runner(slot);  // the runner has its next request before this client its response
+        feed_runner(slot);  // what lies ahead is the runner's before this client has its response
         if (c == nullptr) { return; }
         const bool cut = good && c->left > 0;
         if (!good || cut) {
@@ -3250,7 +3252,7 @@ private:
         }
         if (runner.left > 0 && --runner.left == 0) { start_successor(runner); }
         if (runner.phase == Phase::Retired) { leave_if_idle(runner); }
-        look_ = look_ || !ready_.empty() || ++served_ % 8 == 0;
+        look_ = ++served_ % 8 == 0 || !ready_.empty() || look_;
     }
 
     /// The runner has had its --max-requests: another is started, and until that has loaded the
@@ -3444,10 +3446,10 @@ private:
     std::vector<Connection*> ready_;                       // complete, waiting here for a runner
     int connected_ = 0, failures_ = 0, status_ = 0, max_fd_ = 0;
     size_t turn_ = 0, served_ = 0;    // the listener to begin with; requests
-    bool look_ = false;               // into the ready queue, before what waits here is handed out
     uint64_t begun_ = 0, shown_ = 1;  // requests that went to the runner; what show_title() showed
     Stop stop_ = Stop::No;
     bool booted_ = false, spinner_ = false, dismissed_ = false;  // dismissed: the last runner
+    bool look_ = false;  // into the ready queue, before what waits here is handed out
     size_t reply_memory_ = 0;
     fd_set reads_{}, writes_{}, cold_{};  // what select() watches for the connections
     int colds_ = 0;                       // members of cold_
@@ -3828,14 +3830,15 @@ Error apply(Config& config, rlim_t& files) {
     }
     files = set_soft_limit(4 * FD_SETSIZE);
     const rlim_t limit = set_soft_limit(4 * FD_SETSIZE);
-    const bool ample = limit >= 2 * FD_SETSIZE;
-    config.pipes = !config.runner.empty() ? 1 : ample && config.threads == 1 ? config.pipes : 2;
-    // What select() sees beside clients: two pipes a slot, while a runner is replaced twice.
+    const bool ample = limit >= 4 * FD_SETSIZE && config.threads == 1;
+    config.pipes = !config.runner.empty() ? 1 : ample ? config.pipes : 2;
+    // What select() sees beside clients: two descriptors a slot, of two runners at a time. Out of
+    // its range, if there is room: other ends of pipes, those of a runner that is starting, and a
+    // file for each client.
     const int others = 14 + 4 * config.threads + static_cast<int>(config.bind.size());
-    int most = static_cast<int>(std::min<rlim_t>(limit, FD_SETSIZE)) - others;
-    if (!ample) {
-        most = (most - 5 - 9 * config.threads) / 2;  // shared with files, and other ends of pipes
-    }
+    const int far = 5 + (5 * config.pipes + 1) * config.threads;
+    const int all = static_cast<int>(limit) - others;
+    int most = std::min(FD_SETSIZE - others, (all - far) / 2);
     if (most < 1 && config.threads > 1) { return {1, "too few descriptors for so many --threads"}; }
     most = std::max(1, most);
     files = std::max(files, std::min<rlim_t>(limit, static_cast<rlim_t>(8 * config.threads + 20)));
