@@ -7199,16 +7199,16 @@ TEST_CASE("the most threads, and how many connections and descriptors are left b
         size_t uploads, together;  // more uploads than fit, with a file each; clients at a time
     } rows[] = {
         {256, "8", 0, 150}, {4096, "128", 0, 150}, {300, "16", 36, 15}, {2048, "128", 470, 15}};
-    for (const auto& [descriptors, threads, uploads, together] : rows) {
-        CAPTURE(descriptors);
-        const auto server = start(descriptors, threads);
+    for (const auto& row : rows) {
+        CAPTURE(row.descriptors);
+        const auto server = start(row.descriptors, row.threads);
         REQUIRE_MESSAGE(server->wait_ready_workers(1), server->log());
         CHECK(server->log_has("--worker-connections lowered from 1000 to "));
         const vector<Client> held =
-            hold(*server, uploads,
+            hold(*server, row.uploads,
                  "POST /once HTTP/1.1\r\nContent-Length: 90000\r\n\r\n" + string(80000, 'x'));
-        for (size_t sent = 0; sent < 450; sent += together) {  // into the time of a successor
-            vector<Client> clients = hold(*server, together, get_bytes("/once"));
+        for (size_t sent = 0; sent < 450; sent += row.together) {  // into the time of a successor
+            vector<Client> clients = hold(*server, row.together, get_bytes("/once"));
             for (Client& client : clients) { CHECK(Reply(client.read_all()).body == "ok"); }
         }
         CHECK(server->log_has("Autorestarting"));
