@@ -2904,7 +2904,7 @@ private:
         } else if (c->deadline <= now_) {
             expire(*c);
         }
-        if (c->state != State::Ready) { settle(*c); }
+        settle(*c);
         return true;
     }
 
@@ -3222,7 +3222,7 @@ private:
 
     /// No more will come of this response; `error` is the answer if nothing has come.
     void end_response(Connection& c, bool good, const Error& error) {
-        c.broken = !good;
+        c.broken = !good && c.response.status != 0;  // the page of an error is whole
         c.complete = true;
         c.response.status == 0 ? refuse(c, error) : flush(c);
         settle(c);

@@ -4739,6 +4739,7 @@ def stops_midway(environ, start_response):
         CHECK(seconds_since(start) > 0.9);
         CHECK(reply.status == row.status);
         CHECK(reply.whole == (row.status == 504));
+        CHECK_FALSE(hung.was_reset);
         other.send("st: x\r\n\r\n");
         CHECK(Reply(other.read_all()).body == "hello");
         const string all = read_file(server.dir.path + "/pid");
@@ -5870,7 +5871,7 @@ while (1) {
     };
     for (const Row& row : rows) {
         CAPTURE(row.bytes.substr(0, 40));
-        const Reply reply = request(server.port(), row.bytes);
+        const Reply reply = exchange(Client(server), row.bytes);
         CHECK(reply.status == row.status);
         CHECK(reply.body == row.body);
     }
@@ -6268,13 +6269,21 @@ def down(environ, start_response):
 }
 
 TEST_CASE("a client that leaves: not run if queued, its upload gone at once") {
-    Server server(kTools + kOnce, {"-w", "1"});
+    Server server(kTools + kOnce + R"py(
+def stay(environ, start_response):
+    mark("at_stay")
+    wait("leave")
+    return reply(start_response, "stayed")
+)py",
+                  {"-w", "1"});
     const pid_t worker = server.workers()[0];
     Client busy(server);
     busy.send(get_bytes("/gate"));
     REQUIRE(wait_file(server, "at_gate"));
     vector<Client> queued = hold(server, 5, get_bytes("/once?1"));
     vector<Client> patient = hold(server, 2, get_bytes("/once?2"));
+    Client stays(server);
+    stays.send(get_bytes("/stay"));
     ::poll(nullptr, 0, 100);  // they get into the queue
     for (Client& each : queued) { each.reset(); }
     CHECK(wait_for([&] { return queued.size() == 5; }));
@@ -6293,6 +6302,10 @@ TEST_CASE("a client that leaves: not run if queued, its upload gone at once") {
     CHECK(Reply(busy.read_all()).body == "through");
     for (Client& each : patient) { CHECK(Reply(each.read_all()).body == "ok"); }
     CHECK(count(server.access(), "GET /once?1 HTTP/1.1\" 499 ") == 5);
+    REQUIRE(wait_file(server, "at_stay"));
+    stays.reset();
+    CHECK(server.access_has("GET /stay HTTP/1.1\" 499 "));
+    write_file(server.dir.path + "/leave", "");
     CHECK(runs_of(server) == map<string, int>{{"2", 2}});
 }
 
