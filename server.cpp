@@ -5,7 +5,7 @@
 //
 //   arbiter (master)        binds, forks, watches, reloads; never reads a request
 //    ├─ worker 1 (C++)      accepts, buffers, parses, answers, beats its heart
-//    │   └─ runner          python3, started once, holds the WSGI application, two pipes
+//    │   └─ runner          python3, started once, holds the WSGI application
 //    └─ worker N …
 //
 // The path of a request, in order of time:
@@ -440,6 +440,8 @@ string get(const Config& config) {
         return join(config.*Member);
     } else if constexpr (std::is_same_v<T, seconds>) {
         return to_string((config.*Member).count());
+    } else if constexpr (std::is_same_v<T, bool>) {
+        return config.*Member ? "yes" : "no";
     } else {
         return to_string(config.*Member);
     }
@@ -532,13 +534,14 @@ struct Option {
 /// A row for a setting that needs no check of its own.
 template <auto Member, int64_t Low = 0, int64_t High = INT_MAX>
 constexpr Option row(char letter, const char* name, const char* meta, const char* help) {
-    return {letter, name, meta, help, set<Member, Low, High>, meta ? get<Member> : nullptr};
+    return {letter, name, meta, help, set<Member, Low, High>, get<Member>};
 }
 
 using C = Config;
 constexpr int64_t kYear = 31'536'000, kMiB = int64_t{1} << 20;
 constexpr Option kOptions[] = {
-    row<&C::bind>('b', "bind", "ADDRESS", "HOST:PORT, [V6]:PORT, unix:PATH or fd://N; repeatable"),
+    row<&C::bind>('b', "bind", "ADDRESS",
+                  "HOST:PORT, [V6]:PORT, :PORT, unix:PATH or fd://N; repeatable"),
     {'w', "workers", "N", "worker processes; auto: one a processor", set_workers, get<&C::workers>},
     {'k', "worker-class", "NAME", "sync or gthread, by --threads",
      set_word<&C::worker_class, kWorkerClasses>, get<&C::worker_class>},
@@ -582,10 +585,11 @@ constexpr Option kOptions[] = {
     row<&C::user>('u', "user", "USER", "that workers run as, by name or number"),
     row<&C::group>('g', "group", "GROUP", "that workers run as; else the user's"),
     {'m', "umask", "MODE", "taken off the mode of unix sockets, octal", set_umask, get_umask},
-    row<&C::check_config>(0, "check-config", nullptr, "check all, load the application, and exit"),
-    row<&C::print_config>(0, "print-config", nullptr, "print the settings and exit"),
-    row<&C::version>('v', "version", nullptr, "print the version and exit"),
-    row<&C::help>('h', "help", nullptr, "print this help and exit"),
+    {0, "check-config", nullptr, "check all, load the application, and exit", set<&C::check_config>,
+     nullptr},
+    {0, "print-config", nullptr, "print the settings and exit", set<&C::print_config>, nullptr},
+    {'v', "version", nullptr, "print the version and exit", set<&C::version>, nullptr},
+    {'h', "help", nullptr, "print this help and exit", set<&C::help>, nullptr},
 };
 
 /// Reads args[i]: -x VALUE, -xVALUE, --name VALUE or --name=VALUE, and moves i to its last word.
@@ -646,9 +650,10 @@ void print_help() {
         "Serves a WSGI application, app_example:app unless another is named.\n");
     for (const Option& o : kOptions) {
         const string letter = o.letter != 0 ? string("-") + o.letter + ", " : "    ";
-        const string value = o.get != nullptr ? o.get(defaults) : "";
-        std::printf("  %s--%s %s\n        %s%s\n", letter.c_str(), o.name, o.meta ? o.meta : "",
-                    o.help, value.empty() ? "" : (" [" + value + "]").c_str());
+        const string meta = o.meta != nullptr ? string(" ") + o.meta : "";
+        const string value = o.get != nullptr && o.meta != nullptr ? o.get(defaults) : "";
+        std::printf("  %s--%s%s\n        %s%s\n", letter.c_str(), o.name, meta.c_str(), o.help,
+                    value.empty() ? "" : (" [" + value + "]").c_str());
     }
 }
 
@@ -1570,7 +1575,9 @@ string make_environ(const Request& r, const Endpoints& ends, string_view scheme 
         {"REQUEST_URI", r.target},
         {"SERVER_PROTOCOL", r.minor > 0 ? "HTTP/1.1" : "HTTP/1.0"},
         {"SERVER_NAME", server},
-        {"SERVER_PORT", port.empty() ? "80" : port},
+        {"SERVER_PORT", !port.empty()       ? port
+                        : scheme == "https" ? "443"
+                                            : "80"},
         {"REMOTE_ADDR", ends.peer},
         {"REMOTE_PORT", ends.peer_port},
         {"wsgi.url_scheme", scheme}};
@@ -1998,6 +2005,7 @@ struct Runner;
 struct Ahead {
     Connection* client;  // null: nobody waits for it any more
     size_t size;         // bytes of its frame
+    string request;      // its request line, once nobody waits
 };
 
 /// A runner's pipes for one request at a time, and that request.
@@ -2811,7 +2819,7 @@ private:
             if (std::none_of(slot.ahead.begin(), slot.ahead.end(), mine)) { return; }
             take_back(slot);
             for (Ahead& each : slot.ahead) {  // it has begun
-                if (mine(each)) { each.client = nullptr, slot.request = c.request_line(); }
+                if (mine(each)) { each.client = nullptr, each.request = c.request_line(); }
             }
         });
         set_state(c, State::Done);
@@ -3009,7 +3017,7 @@ private:
         const bool fits = c.body.stored() == 0 && frame.size() <= slot.most_ahead;
         if (!fits || write_some(slot.to[pipe], frame) < 0) { return false; }
         set_state(c, State::Run);
-        slot.ahead.push_back({&c, frame.size()});
+        slot.ahead.push_back({&c, frame.size(), ""});
         return true;
     }
 
@@ -3031,7 +3039,7 @@ private:
     }
 
     static Time take_back_at(const Slot& slot) {
-        return slot.ahead.empty() ? Time::max() : slot.since + kAhead;
+        return slot.ahead.empty() || !slot.pipe() ? Time::max() : slot.since + kAhead;
     }
 
     /// Takes out again what lies ahead and the runner has not read, to wait here as it would have
@@ -3039,7 +3047,8 @@ private:
     /// in again.
     void take_back(Slot& slot) {
         while (!slot.ahead.empty()) {
-            const auto [client, all] = slot.ahead.back();
+            Connection* client = slot.ahead.back().client;
+            const size_t all = slot.ahead.back().size;
             const size_t pipe = (slot.turn + slot.ahead.size()) % slot.to.size();
             const ssize_t n = read_some(slot.back[pipe], buffer_, kMaxMessage);
             const size_t size = static_cast<size_t>(std::max<ssize_t>(n, 0));
@@ -3243,6 +3252,7 @@ private:
         slot.turn = (slot.turn + 1) % slot.to.size();
         if (!slot.ahead.empty()) {
             begin_request(slot, slot.ahead.front().client);
+            slot.request = std::move(slot.ahead.front().request);
             slot.ahead.erase(slot.ahead.begin());
             if (slot.current == nullptr) { slot.out.append("0:,", kPiece); }
             feed_runner(slot);

@@ -1234,6 +1234,9 @@ TEST_CASE("the environ tells an unknown length, and the name of a server on a un
         CHECK(lookup(block, "CONTENT_LENGTH") == row.length);
         CHECK(lookup(block, "SERVER_NAME") == row.name);
         CHECK(lookup(block, "SERVER_PORT") == row.port);
+        const string secure = make_environ(request, row.ends, "https");
+        const bool unsaid = row.ends.server.empty() && row.port == "80";
+        CHECK(lookup(secure, "SERVER_PORT") == (unsaid ? "443" : row.port));
     }
 }
 
@@ -2896,7 +2899,8 @@ TEST_CASE("on a unix socket the environ takes its names from Host, and there is 
     CHECK(has_line(plain, "SERVER_PORT=80"));
     CHECK(has_line(ask("Host: [::1]:81\r\n"), "SERVER_PORT=81"));
     CHECK(has_line(ask(""), "SERVER_PORT=80"));
-    REQUIRE(wait_for([&] { return count(server.access(), "\n") == 4; }));
+    CHECK(has_line(ask("Host: h\r\nX-Forwarded-Proto: https\r\n"), "SERVER_PORT=443"));
+    REQUIRE(wait_for([&] { return count(server.access(), "\n") == 5; }));
     CHECK_MESSAGE(server.access().compare(0, 5, " - - ") == 0, server.access());
 }
 
@@ -3825,7 +3829,14 @@ TEST_CASE("the command line, as --print-config shows it") {
           {"error-logfile", "-"},
           {"log-level", "info"},
           {"python", "python3"},
+          {"daemon", "no"},
+          {"reload", "no"},
+          {"proxy-protocol", "no"},
+          {"help", "(none)"},
           {"chdir", ""}}},
+        {{"-D", "--reload", "--proxy-protocol"},
+         {},
+         {{"daemon", "yes"}, {"reload", "yes"}, {"proxy-protocol", "yes"}}},
         {{"mod:app"}, {}, {{"app", "mod:app"}}},
         {{"-w", "4"}, {}, {{"workers", "4"}}},
         {{"-w4"}, {}, {{"workers", "4"}}},
@@ -3889,6 +3900,7 @@ TEST_CASE("-h names every option, -v the version") {
         const Ran help = run_to_end({option}, {"PORT=x", "WEB_CONCURRENCY="});
         CHECK(help.code == 0);
         CHECK(help.err == "");
+        CHECK_FALSE(contains(help.out, " \n"));
         for (const string name : {"-b, --bind",
                                   "-w, --workers",
                                   "-t, --timeout",
@@ -7654,7 +7666,7 @@ string missing_line(const string& text, const string& expected) {
     return "";
 }
 
-TEST_CASE("the experiments of the lesson show what README.md says" *
+TEST_CASE("the experiments of the lesson show what README.md says" * doctest::test_suite("peers") *
           doctest::skip(std::getenv("SERVER") != nullptr || !have("curl") || !have("pgrep"))) {
     const TempDir dir;
     const string pidfile = dir.path + "/pid", cwd = output_of("pwd");
@@ -7769,7 +7781,7 @@ bool listens(const string& path) {
 }
 
 TEST_CASE("behind nginx: over TCP and a unix socket, HTTP/1.0 and 1.1" *
-          doctest::skip(!have("nginx"))) {
+          doctest::test_suite("peers") * doctest::skip(!have("nginx"))) {
     const TempDir dir;
     const string back = dir.path + "/back", big(3000000, 'b');
     const Server server(kProbe, {"-b", "unix:" + back, "-b", "127.0.0.1:0"});
@@ -7816,7 +7828,7 @@ TEST_CASE("behind nginx: over TCP and a unix socket, HTTP/1.0 and 1.1" *
 }
 
 TEST_CASE("behind HAProxy: send-proxy, send-proxy-v2, and its health checks" *
-          doctest::skip(!have("haproxy"))) {
+          doctest::test_suite("peers") * doctest::skip(!have("haproxy"))) {
     const TempDir dir;
     const Server server(kProbe, {"--proxy-protocol"});
     const string block = replaced(readme_block("haproxy"), "127.0.0.1:8000",
@@ -7851,7 +7863,7 @@ TEST_CASE("behind HAProxy: send-proxy, send-proxy-v2, and its health checks" *
     CHECK_FALSE(contains(server.access(), " 4"s + "00 "));
 }
 
-TEST_CASE("systemd-socket-activate hands over its socket" *
+TEST_CASE("systemd-socket-activate hands over its socket" * doctest::test_suite("peers") *
           doctest::skip(!have("systemd-socket-activate"))) {
     const TempDir dir;
     const string path = dir.path + "/s", log = dir.path + "/log";
@@ -8390,6 +8402,8 @@ TEST_CASE("Flask and Django applications run under two workers") {
         CHECK(file.whole);
         CHECK(file.body == read_file("/usr/bin/python3"));
     }
+    const Server shown(readme_block("python"), {"-w", "1"});
+    CHECK(get(shown).body == "Hello, Flask!\n");
 }
 
 }  // namespace test
