@@ -50,7 +50,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <charconv>
 #include <chrono>
 #include <climits>
 #include <cstddef>
@@ -226,6 +225,15 @@ Error make_temp_file(const string& dir, Fd& made) {
     return {};
 }
 
+/// The first of which `test` holds; null if there is none.
+template <typename Range, typename Test>
+auto find(Range&& range, Test test) -> decltype(&*std::begin(range)) {
+    for (auto& each : range) {
+        if (test(each)) { return &each; }
+    }
+    return nullptr;
+}
+
 constexpr bool is_digit(char c) { return c >= '0' && c <= '9'; }
 constexpr char lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; }
 
@@ -249,10 +257,15 @@ string_view cut(string_view& text, char separator) {
 }
 
 /// Reads digits and nothing else; false also where the number does not fit 63 bits.
+/// Where it returns false, `number` may be anything.
 bool parse_number(string_view text, int64_t& number, int base = 10) {
-    const char* end = text.data() + text.size();
-    const auto [stop, problem] = std::from_chars(text.data(), end, number, base);
-    return problem == std::errc() && stop == end && text.front() != '-';
+    number = 0;
+    for (const char c : text) {
+        const int digit = is_digit(c) ? c - '0' : lower(c) >= 'a' ? lower(c) - 'a' + 10 : base;
+        if (digit >= base || number > (INT64_MAX - digit) / base) { return false; }
+        number = number * base + digit;
+    }
+    return !text.empty();
 }
 
 /// An IP address with the number of its bits that count.
@@ -450,7 +463,7 @@ string get(const Config& config) {
 /// Reads a whole number from `low` to `high`. A code of 2: it is none; 1: it is another.
 Error read_number(string_view text, int64_t low, int64_t high, int64_t& number) {
     const string_view digits = text.substr(text.substr(0, 1) == "-" ? 1 : 0);
-    if (digits.empty() || !std::all_of(digits.begin(), digits.end(), is_digit)) {
+    if (digits.empty() || find(digits, [](char c) { return !is_digit(c); })) {
         return {2, "'" + string(text) + "' is not a whole number"};
     }
     if (parse_number(text, number) && number >= low && number <= high) { return {}; }
@@ -487,7 +500,7 @@ constexpr const char* kWorkerClasses[] = {"sync", "gthread"};
 /// Sets a string to one of the given words.
 template <auto Member, const auto& Words>
 Error set_word(Config& config, string_view text) {
-    const bool known = std::find(std::begin(Words), std::end(Words), text) != std::end(Words);
+    const bool known = find(Words, [text](string_view word) { return word == text; });
     return known ? set<Member>(config, text) : Error{1, "there is no '" + string(text) + "'"};
 }
 
@@ -598,11 +611,11 @@ Error parse_option(Config& config, const std::vector<const char*>& args, size_t&
     const bool is_long = arg[1] == '-';
     const size_t end = is_long ? std::min(arg.find('='), arg.size()) : 2;
     const string name = is_long ? arg.substr(2, end - 2) : arg.substr(1, 1);
-    const auto option = std::find_if(
-        std::begin(kOptions), std::end(kOptions),
-        [&](const Option& o) { return is_long ? name == o.name : name.front() == o.letter; });
+    const Option* option = find(kOptions, [&](const Option& o) {
+        return is_long ? name == o.name : name.front() == o.letter;
+    });
     const bool attached = arg.size() > end;
-    if (option == std::end(kOptions)) { return {2, "unknown option " + arg}; }
+    if (option == nullptr) { return {2, "unknown option " + arg}; }
     if (option->meta == nullptr && attached) { return {2, arg + " takes no value"}; }
     string_view value = attached ? args[i] + end + (is_long ? 1 : 0) : "";
     if (option->meta != nullptr && !attached) {
@@ -1173,8 +1186,7 @@ bool is_alnum(char c) { return is_digit(c) || (lower(c) >= 'a' && lower(c) <= 'z
 
 /// Nothing but letters, digits and `others`.
 bool is_made_of(string_view text, string_view others) {
-    return std::all_of(text.begin(), text.end(),
-                       [others](char c) { return is_alnum(c) || others.find(c) != string::npos; });
+    return !find(text, [others](char c) { return !is_alnum(c) && others.find(c) == string::npos; });
 }
 
 /// tchar (RFC 9110 section 5.6.2).
@@ -1182,9 +1194,7 @@ bool is_token(string_view text) { return !text.empty() && is_made_of(text, "!#$%
 
 /// No controls but tab: the rule for field values (RFC 9110 section 5.5).
 bool is_field_value(string_view text) {
-    return std::none_of(text.begin(), text.end(), [](char c) {
-        return (static_cast<unsigned char>(c) < ' ' && c != '\t') || c == 0x7f;
-    });
+    return !find(text, [](unsigned char c) { return (c < ' ' && c != '\t') || c == 0x7f; });
 }
 
 /// The byte that %XX at text[i] stands for, -1 if it is malformed.
@@ -1624,7 +1634,7 @@ Error parse_response(string_view head, Response& r) {
             if (!good) { return {500, "the Content-Length '" + escape(value) + "'"}; }
             if (status == 204) { continue; }  // RFC 9110 section 8.6
         }
-        if (std::any_of(std::begin(kHopByHop), std::end(kHopByHop), is)) {
+        if (find(kHopByHop, is)) {
             (r.dropped += r.dropped.empty() ? "" : ", ") += name;
             continue;
         }
@@ -2053,12 +2063,11 @@ struct Runner {
     struct timespec started {};            // before it loaded any, on the clock of files
 
     bool busy() const {
-        return std::any_of(slots.begin(), slots.end(), [](const Slot& slot) { return slot.busy; });
+        return find(slots, [](const Slot& slot) { return slot.busy; }) != nullptr;
     }
 
     bool awaited() const {
-        return std::any_of(slots.begin(), slots.end(),
-                           [](const Slot& slot) { return slot.current != nullptr; });
+        return find(slots, [](const Slot& slot) { return slot.current != nullptr; }) != nullptr;
     }
 
     void close_requests() {
@@ -2538,7 +2547,8 @@ private:
     void set_state(Connection& c, State state) {
         const Time patience = config_.timeout > 0s ? now_ + config_.timeout : Time::max();
         if (c.state == State::Ready && state != State::Ready) {
-            ready_.erase(std::remove(ready_.begin(), ready_.end(), &c), ready_.end());
+            const auto at = find(ready_, [&c](Connection* each) { return each == &c; });
+            ready_.erase(ready_.begin() + (at - ready_.data()));
         }
         c.state = state;
         switch (state) {
@@ -2816,7 +2826,7 @@ private:
         each_slot([&](Slot& slot) {
             if (slot.current == &c) { abandon(slot); }
             const auto mine = [&c](const Ahead& each) { return each.client == &c; };
-            if (std::none_of(slot.ahead.begin(), slot.ahead.end(), mine)) { return; }
+            if (!find(slot.ahead, mine)) { return; }
             take_back(slot);
             for (Ahead& each : slot.ahead) {  // it has begun
                 if (mine(each)) { each.client = nullptr, each.request = c.request_line(); }
@@ -3359,13 +3369,14 @@ private:
         if (WIFSIGNALED(status)) { ::kill(-runner.pid, SIGKILL); }
         std::vector<Connection*> lost;
         string lines;
-        for (const Slot& slot : runner.slots) {
-            lost.push_back(slot.current);
-            for (const Ahead& each : slot.ahead) { lost.push_back(each.client); }
-        }
-        lost.erase(std::remove(lost.begin(), lost.end(), nullptr), lost.end());
-        for (const Connection* c : lost) {
+        const auto lose = [&](Connection* c) {
+            if (c == nullptr) { return; }
+            lost.push_back(c);
             (lines += lines.empty() ? ": " : ", ") += escape(c->request_line());
+        };
+        for (const Slot& slot : runner.slots) {
+            lose(slot.current);
+            for (const Ahead& each : slot.ahead) { lose(each.client); }
         }
         const bool expected = retired && status == 0;
         if ((has_work() && !expected) || (status != 0 && runner.signal == 0)) {
@@ -3398,10 +3409,9 @@ private:
     /// With --reload: wakes the arbiter if a file is another than the second before. The runner
     /// adds names to its list, and never takes one away.
     void watch_files() {
-        const auto serving = std::find_if(runners_.begin(), runners_.end(), [](const Runner& each) {
-            return each.phase == Phase::Serving;
-        });
-        if (serving == runners_.end()) { return; }
+        Runner* serving =
+            find(runners_, [](const Runner& each) { return each.phase == Phase::Serving; });
+        if (serving == nullptr) { return; }
         Strings names = config_.reload_extra_files;
         string list;
         ssize_t n = 0;

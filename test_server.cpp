@@ -1410,6 +1410,14 @@ TEST_CASE("parse_number reads digits and nothing else") {
         CHECK(parse_number(block.view(), number, row.base) == row.good);
         if (row.good) { CHECK(number == row.number); }
     }
+    for (int byte = 0; byte < 256; ++byte) {
+        CAPTURE(byte);
+        int64_t number = 0;
+        const char c = static_cast<char>(byte);
+        CHECK(parse_number(string(1, c), number) == (byte >= '0' && byte <= '9'));
+        CHECK(parse_number(string(1, c), number, 8) == (byte >= '0' && byte <= '7'));
+        CHECK(parse_number(string(1, c), number, 16) == (std::isxdigit(byte) != 0));
+    }
 }
 
 TEST_CASE("the small tools for text") {
@@ -1639,7 +1647,8 @@ TEST_CASE("an option takes its value in every usual form") {
     for (const Option& option : kOptions) {
         CAPTURE(string(option.name));
         CHECK(*option.help != '\0');
-        CHECK(values.count(option.name) == (option.get != nullptr ? 1 : 0));
+        CHECK(values.count(option.name) ==
+              (option.get != nullptr && option.meta != nullptr ? 1 : 0));
     }
     CHECK(setting("error-logfile", {"--log-file", "/x"}) == "/x");
     CHECK(setting("workers", {"-w", "2", "-w", "3"}) == "3");  // the last one counts
