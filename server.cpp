@@ -1319,10 +1319,13 @@ private:
                 if (line.empty() && !std::exchange(skipped_, true)) { return {}; }
                 part_ = Part::Fields;
                 return take_request_line(line);
-            case Part::Trailers: part_ = line.empty() ? Part::End : part_; [[fallthrough]];
-            case Part::Fields: return !line.empty() ? take_field(line) : finish_head();
+            case Part::Fields: return line.empty() ? finish_head() : take_field(line);
             case Part::ChunkSize: return take_chunk_size(line);
             case Part::DataEnd: part_ = Part::ChunkSize; return {};
+            case Part::Trailers:
+                if (!line.empty()) { return take_field(line); }
+                part_ = Part::End;
+                return {};
             case Part::Data:
             case Part::End: break;
         }
@@ -1414,7 +1417,6 @@ private:
     /// What only the whole head tells: the host, Expect, and how the body is framed.
     Error finish_head() {
         Request& r = request;
-        if (part_ == Part::End) { return {}; }
         if (!r.host.empty() && lookup(r.fields, "HTTP_HOST").data() == nullptr) {
             add_variable(r.fields, "HTTP_HOST", r.host);
         }
@@ -2023,7 +2025,7 @@ struct Slot {
     Runner* runner = nullptr;
     std::vector<Fd> to, back;  // request pipes, used in turn; our reading ends of them
     Fd from;                   // the pipe of replies
-    size_t turn = 0;           // the pipe of the present request
+    size_t index = 0;          // the pipe of the present request
     Fd copy;                   // of that pipe, for select(), while it is full
     bool full = false;
     NetstringReader reader;
@@ -2033,12 +2035,12 @@ struct Slot {
     bool busy = false;              // with a request
     bool answered = false;          // its end frame has come
     std::vector<Ahead> ahead;       // in the pipes that come next
-    size_t depth = 0;               // how many these may be: about kAhead of work
-    size_t most_ahead = kPiece;     // bytes that each may have
+    size_t ahead_limit = 0;         // how many these may be: about kAhead of work
+    size_t ahead_bytes = kPiece;    // bytes that each may have
     Time since{};                   // when the request went out
     Time deadline = Time::max();    // to hear of it again
 
-    const Fd& pipe() const { return to[turn]; }
+    const Fd& pipe() const { return to[index]; }
 
     void close_requests() {
         for (std::vector<Fd>* ends : {&to, &back}) {
@@ -2083,7 +2085,7 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
         Error error = make_fifo(config.worker_tmp_dir, requests, back);
         if (error) { error = make_fifo(temp_dir(), requests, back); }  // as --user
         if (error) { return error; }
-        slot.most_ahead = std::min(slot.most_ahead, resize_pipe(requests.first, kPiece));
+        slot.ahead_bytes = std::min(slot.ahead_bytes, resize_pipe(requests.first, kPiece));
         slot.to.push_back(raise_fd(std::move(requests.second)));
         ends.push_back(raise_fd(std::move(requests.first)));
     }
@@ -2590,7 +2592,7 @@ private:
     void accept_clients() {
         const bool wanted = wants_request();
         for (size_t n = listeners_.size(); n > 0 && now_ >= accept_again_; --n) {
-            const Listener& listener = listeners_[turn_++ % listeners_.size()];
+            const Listener& listener = listeners_[next_listener_++ % listeners_.size()];
             for (int i = 0; i < 16 && (!wanted || wants_request()); ++i) {
                 if (!accept_client(listener)) { break; }
                 dispatch();
@@ -2977,10 +2979,11 @@ private:
     /// How many requests a slot would take now: what it runs next, and what lies ahead.
     size_t places(const Slot& slot) const {
         if (slot.runner->phase != Phase::Serving || slot.runner->dead) { return 0; }
-        if (!slot.busy) { return 1 + slot.depth; }
+        if (!slot.busy) { return 1 + slot.ahead_limit; }
         const bool quick =
             !slot.answered && !slot.full && !slot.runner->new_log && now_ < slot.since + kAhead;
-        return quick && slot.depth > slot.ahead.size() ? slot.depth - slot.ahead.size() : 0;
+        const size_t limit = quick ? slot.ahead_limit : 0;
+        return limit - std::min(limit, slot.ahead.size());
     }
 
     size_t places() {
@@ -3011,35 +3014,38 @@ private:
         Slot* slot = nullptr;
         while (!ready_.empty() && (slot = find_slot()) != nullptr) {
             Connection& c = *ready_.front();
-            if (slot->busy) {
-                if (!hand_ahead(*slot, c)) { return; }
-            } else {
-                begin_request(*slot, &c);
-                feed_runner(*slot);
+            if (!slot->busy) {
+                hand_over(*slot, c);
+            } else if (!hand_ahead(*slot, c)) {
+                return;
             }
         }
+    }
+
+    /// Gives an idle slot a request, and before that, where it has changed, the log's path.
+    void hand_over(Slot& slot, Connection& c) {
+        set_state(c, State::Run);
+        slot.out = std::exchange(c.body, Spool());
+        const bool tell = std::exchange(slot.runner->new_log, false);
+        slot.out.prepend(netstring(c.env));
+        if (tell) { slot.out.prepend(netstring(config_.errorlog)); }
+        begin_request(slot, &c);
+        feed_runner(slot);
     }
 
     /// Puts a request into the next pipe of a busy slot. False: it has to wait for an idle one.
     bool hand_ahead(Slot& slot, Connection& c) {
         const string frame = netstring(c.env, c.body.newest());
-        const size_t pipe = (slot.turn + slot.ahead.size() + 1) % slot.to.size();
-        const bool fits = c.body.stored() == 0 && frame.size() <= slot.most_ahead;
+        const size_t pipe = (slot.index + slot.ahead.size() + 1) % slot.to.size();
+        const bool fits = c.body.stored() == 0 && frame.size() <= slot.ahead_bytes;
         if (!fits || write_some(slot.to[pipe], frame) < 0) { return false; }
         set_state(c, State::Run);
         slot.ahead.push_back({&c, frame.size(), ""});
         return true;
     }
 
-    /// Makes the request of `c`, null where nobody waits for it, that which the slot is busy with.
+    /// The slot is busy from now on with the request of `c`, null where nobody waits for it.
     void begin_request(Slot& slot, Connection* c) {
-        if (c != nullptr && c->state == State::Ready) {
-            set_state(*c, State::Run);
-            slot.out = std::exchange(c->body, Spool());
-            const bool tell = std::exchange(slot.runner->new_log, false);
-            slot.out.prepend(netstring(c->env));
-            if (tell) { slot.out.prepend(netstring(config_.errorlog)); }
-        }
         slot.current = c;
         slot.busy = true;
         slot.answered = false;
@@ -3059,7 +3065,7 @@ private:
         while (!slot.ahead.empty()) {
             Connection* client = slot.ahead.back().client;
             const size_t all = slot.ahead.back().size;
-            const size_t pipe = (slot.turn + slot.ahead.size()) % slot.to.size();
+            const size_t pipe = (slot.index + slot.ahead.size()) % slot.to.size();
             const ssize_t n = read_some(slot.back[pipe], buffer_, kMaxMessage);
             const size_t size = static_cast<size_t>(std::max<ssize_t>(n, 0));
             if (size < all && size > 0) {
@@ -3223,7 +3229,7 @@ private:
         if (slot.runner->phase == Phase::Booting) { return runner_ready(*slot.runner); }
         slot.answered = true;
         const auto took = std::max<Clock::duration>(now_ - slot.since, 1us);
-        slot.depth = std::min(slot.to.size() - 1, static_cast<size_t>(kAhead / took));
+        slot.ahead_limit = std::min(slot.to.size() - 1, static_cast<size_t>(kAhead / took));
         if (good) { failures_ = 0; }
         Connection* c = std::exchange(slot.current, nullptr);
         if (c != nullptr && slot.out.size() > 0) { slot.request = c->request_line(); }
@@ -3259,7 +3265,7 @@ private:
     void end_request(Slot& slot) {
         Runner& runner = *slot.runner;
         slot.out = Spool();  // with its file: this slot may rest for long
-        slot.turn = (slot.turn + 1) % slot.to.size();
+        slot.index = (slot.index + 1) % slot.to.size();
         if (!slot.ahead.empty()) {
             begin_request(slot, slot.ahead.front().client);
             slot.request = std::move(slot.ahead.front().request);
@@ -3465,7 +3471,7 @@ private:
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
     std::vector<Connection*> ready_;                       // complete, waiting here for a runner
     int connected_ = 0, failures_ = 0, status_ = 0, max_fd_ = 0;
-    size_t turn_ = 0, served_ = 0;    // the listener to begin with; requests
+    size_t next_listener_ = 0, served_ = 0;  // the listener to begin with; requests
     uint64_t begun_ = 0, shown_ = 1;  // requests that went to the runner; what show_title() showed
     Stop stop_ = Stop::No;
     bool booted_ = false, spinner_ = false, dismissed_ = false;  // dismissed: the last runner
