@@ -3891,10 +3891,12 @@ Error apply(Config& config, rlim_t& files) {
     return {};
 }
 
-/// --check-config: does the application load?
+/// --check-config: does the application load, as the user that workers are?
 int check_app(const Config& config, rlim_t files) {
     Runner runner;
-    if (start_runner(config, runner, files)) { return kWorkerBootError; }
+    Error error = drop_privileges(config);
+    if (!error) { error = start_runner(config, runner, files); }
+    if (error) { return log(Level::Error, error.text), kWorkerBootError; }
     Slot& slot = runner.slots[0];
     for (const Fd* end : {&slot.to[0], &slot.from}) { ::fcntl(end->get(), F_SETFL, 0); }  // wait
     (void)write_all(slot.pipe(), slot.out.front());

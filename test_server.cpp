@@ -4096,6 +4096,10 @@ TEST_CASE("an app that cannot be loaded is exit 4, a runner that cannot run 3, c
     CHECK(run_to_end({"--check-config", "--python", python, "-b", "x:99999", "app:app"}).code == 1);
     const string factory = string("def make(n):\n    return app\n") + kHello;
     CHECK(run_to_end({"--check-config", "--python", python, "app:make(1)"}, {}, factory).code == 0);
+    if (::geteuid() != 0) { return; }  // as another user, who may not read what root may
+    const Ran other = run_to_end({"--check-config", "--python", python, "-u", "nobody", "app:app"});
+    CHECK(other.code == 4);
+    CHECK_MESSAGE(contains(other.err, "No module named 'app'"), other.err);
 }
 
 TEST_CASE("a worker that cannot load the app later does not end the server") {
