@@ -1194,7 +1194,9 @@ bool is_token(string_view text) { return !text.empty() && is_made_of(text, "!#$%
 
 /// No controls but tab: the rule for field values (RFC 9110 section 5.5).
 bool is_field_value(string_view text) {
-    return !find(text, [](unsigned char c) { return (c < ' ' && c != '\t') || c == 0x7f; });
+    return !find(text, [](char c) {
+        return (static_cast<unsigned char>(c) < ' ' && c != '\t') || c == 0x7f;
+    });
 }
 
 /// The byte that %XX at text[i] stands for, -1 if it is malformed.

@@ -7687,7 +7687,7 @@ TEST_CASE("a line of the lesson is found whatever the numbers of the processes")
     CHECK(missing_line("2 a b\n", "3 a\n") == "3 a");
 }
 
-TEST_CASE("the experiments of the lesson show what README.md says" * doctest::test_suite("peers") *
+TEST_CASE("the experiments of the lesson show what README.md says" *
           doctest::skip(std::getenv("SERVER") != nullptr || !have("curl") || !have("pgrep"))) {
     const TempDir dir;
     const string pidfile = dir.path + "/pid", cwd = output_of("pwd");
