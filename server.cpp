@@ -47,6 +47,10 @@
 #ifdef __linux__
 #include <sys/prctl.h>
 #endif
+#ifdef __APPLE__
+#define st_mtim st_mtimespec  // the names of POSIX
+#define st_ctim st_ctimespec
+#endif
 
 #include <algorithm>
 #include <cerrno>
