@@ -9,7 +9,7 @@
 //    └─ worker N …
 //
 // The path of a request, in order of time:
-//   accept_client → read_client → parse → ready ──────────────┬→ dispatch → feed_runner
+//   accept_client → read_client → parse → ready ──────────────┬→ dispatch → hand_over
 //                       ready queue: pass_on → take_from_queue ┘     (runner: Slot.serve)
 //   finish ← flush ← end_reply ← reply_body ← take_reply ← read_runner ←──────┘
 //
@@ -41,6 +41,7 @@
 #include <sys/select.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -137,6 +138,14 @@ ssize_t read_some(const Fd& fd, char* to, size_t room) {
 
 ssize_t write_some(const Fd& fd, string_view data) {
     return retry([&] { return ::write(fd.get(), data.data(), data.size()); });
+}
+
+/// Writes two parts as one.
+ssize_t write_both(const Fd& fd, string_view a, string_view b) {
+    if (b.empty()) { return write_some(fd, a); }
+    const struct iovec parts[] = {{const_cast<char*>(a.data()), a.size()},
+                                  {const_cast<char*>(b.data()), b.size()}};
+    return retry([&] { return ::writev(fd.get(), parts, 2); });
 }
 
 /// Writes everything to a blocking descriptor; false, with errno, where that fails.
@@ -1816,10 +1825,11 @@ class Slot:
 
     def netstring(self):
         while True:
-            size, colon, rest = self.pending.partition(b":")
-            if colon and len(rest) > int(size):
-                self.pending = rest[int(size) + 1:]
-                return rest[:int(size)]
+            colon = self.pending.find(b":") + 1
+            end = colon and colon + int(self.pending[:colon - 1])
+            if colon and len(self.pending) > end:
+                data, self.pending = self.pending, self.pending[end + 1:]
+                return data[colon:end]
             self.more()
 
     def take(self, size):
@@ -1951,10 +1961,9 @@ def main(name, paths, software, files, threads, *fds):
         list_files(*Slot.files)
     each = len(pipes) // int(threads)
     slots = [Slot(pipes[i:i + each], app) for i in range(0, len(pipes), each)]
-    base = {"wsgi.version": (1, 0), "wsgi.errors": sys.stderr, "wsgi.run_once": False,
-            "wsgi.multithread": len(slots) > 1, "wsgi.multiprocess": True,
-            "wsgi.file_wrapper": FileWrapper, "wsgi.input_terminated": True,
-            "SERVER_SOFTWARE": software}
+    base = {"wsgi.version": (1, 0), "wsgi.errors": sys.stderr, "SERVER_SOFTWARE": software,
+            "wsgi.multithread": len(slots) > 1, "wsgi.multiprocess": True, "wsgi.run_once": False,
+            "wsgi.file_wrapper": FileWrapper, "wsgi.input_terminated": True}
     threads = []
     for slot in slots[1:]:
         import threading  # which takes its time, too
@@ -2693,8 +2702,7 @@ private:
         c.pass.eof = n == 0;  // a half-close: the client still gets its answer
         c.pass.silent = c.pass.silent && n == 0;
         if (c.state <= State::ReadBody) {
-            c.in.append(buffer_, static_cast<size_t>(n));
-            return parse(c);
+            return parse(c, string_view(buffer_, static_cast<size_t>(n)));
         }
         c.pass.more = c.pass.more || n > 0;
         if (c.state != State::Linger) { return; }
@@ -2702,20 +2710,23 @@ private:
         set_state(c, over ? State::Done : State::Linger);
     }
 
-    /// Head and body, as far as they have come.
-    void parse(Connection& c) {
-        string_view in = c.in, piece;
+    /// Head and body, as far as they have come: what was left of them, and `fresh`.
+    void parse(Connection& c, string_view fresh) {
+        if (!c.in.empty()) { fresh = c.in += fresh; }
+        string_view in = fresh, piece;
         Parse parsed = c.pass.awaits_proxy ? take_proxy(c, in) : Parse::Head;
         const bool started = parsed == Parse::Head;
+        fresh = in;
         while (started &&
                ((parsed = c.parser.next(in, piece)) == Parse::Head || parsed == Parse::Data)) {
             parsed == Parse::Head ? take_head(c, !in.empty()) : c.body.append(piece, kPiece);
             if (c.state != State::ReadBody) { return; }
         }
         if (parsed != Parse::Bad) {
-            const size_t used = c.in.size() - in.size();
-            if (c.state == State::ReadHead) { c.taken.append(c.in, 0, used); }
-            c.in.erase(0, used);
+            if (c.state == State::ReadHead) {
+                c.taken += fresh.substr(0, fresh.size() - in.size());
+            }
+            c.in = string(in);
         }
         if (parsed == Parse::Bad) { return refuse(c, c.parser.error); }
         if (too_large(c.body.size())) { return refuse(c, {413, "the body is too large"}); }
@@ -2729,8 +2740,9 @@ private:
     /// The PROXY header that may stand before a request. Head: the request begins.
     Parse take_proxy(Connection& c, string_view& in) {
         Endpoints said = c.ends;
+        const size_t before = in.size();
         const Parse parsed = take_proxy_header(in, said);
-        const bool there = in.size() < c.in.size();
+        const bool there = in.size() < before;
         if (there && !is_listed(config_.proxy_allow_from, c.from)) {
             return c.parser.error = {403, "who sent a PROXY header may not"}, Parse::Bad;
         }
@@ -2739,8 +2751,6 @@ private:
         c.ends = said;
         c.pass.awaits_proxy = false;
         c.pass.silent = in.empty();  // a proxy that only looks whether somebody is there
-        c.in.erase(0, c.in.size() - in.size());
-        in = c.in;
         return Parse::Head;
     }
 
@@ -2938,7 +2948,7 @@ private:
     void resume(Connection& c) {
         c.deadline = c.pass.deadline;
         if (c.state == State::ReadBody) { return c.parser.resume(c.pass.framing); }
-        if (!c.in.empty()) { parse(c); }
+        if (!c.in.empty()) { parse(c, ""); }
     }
 
     bool queue_is_empty() const {
@@ -3019,34 +3029,30 @@ private:
     void dispatch() {
         Slot* slot = nullptr;
         while (!ready_.empty() && (slot = find_slot()) != nullptr) {
-            Connection& c = *ready_.front();
-            if (!slot->busy) {
-                hand_over(*slot, c);
-            } else if (!hand_ahead(*slot, c)) {
-                return;
-            }
+            if (!hand_over(*slot, *ready_.front())) { return; }
         }
     }
 
-    /// Gives an idle slot a request, and before that, where it has changed, the log's path.
-    void hand_over(Slot& slot, Connection& c) {
+    /// Gives a slot a request, to run now, or next: then it lies in the pipe that comes next.
+    /// False: it has to wait for an idle slot.
+    bool hand_over(Slot& slot, Connection& c) {
+        const string head = netstring(c.env);
+        const string_view body = c.body.newest();
+        const size_t size = head.size() + body.size();
+        const size_t pipe = slot.index + (slot.busy ? slot.ahead.size() + 1 : 0);
+        const bool fits = c.body.stored() == 0 && size <= slot.ahead_bytes && !slot.runner->new_log;
+        const bool sent = fits && write_both(slot.to[pipe % slot.to.size()], head, body) > 0;
+        if (slot.busy && !sent) { return false; }
         set_state(c, State::Run);
-        slot.out = std::exchange(c.body, Spool());
-        const bool tell = std::exchange(slot.runner->new_log, false);
-        slot.out.prepend(netstring(c.env));
-        if (tell) { slot.out.prepend(netstring(config_.errorlog)); }
+        if (slot.busy) { return slot.ahead.push_back({&c, size, ""}), true; }
+        if (!sent) {
+            slot.out = std::exchange(c.body, Spool());
+            slot.out.prepend(head);
+            const bool tell = std::exchange(slot.runner->new_log, false);
+            if (tell) { slot.out.prepend(netstring(config_.errorlog)); }
+        }
         begin_request(slot, &c);
         feed_runner(slot);
-    }
-
-    /// Puts a request into the next pipe of a busy slot. False: it has to wait for an idle one.
-    bool hand_ahead(Slot& slot, Connection& c) {
-        const string frame = netstring(c.env, c.body.newest());
-        const size_t pipe = (slot.index + slot.ahead.size() + 1) % slot.to.size();
-        const bool fits = c.body.stored() == 0 && frame.size() <= slot.ahead_bytes;
-        if (!fits || write_some(slot.to[pipe], frame) < 0) { return false; }
-        set_state(c, State::Run);
-        slot.ahead.push_back({&c, frame.size(), ""});
         return true;
     }
 
