@@ -2492,13 +2492,13 @@ private:
             Slot* slot = nullptr;  // whose request went out just now
             each_slot([&](Slot& each) { slot = each.busy && each.since == now_ ? &each : slot; });
             if (slot == nullptr) { return; }
-            bool answered = false;
-            for (int tries = 0; tries < 3 && slot->from && !answered; ++tries) {
+            bool heard = false;
+            for (int tries = 0; tries < 3 && slot->from && !heard; ++tries) {
                 ::sched_yield();
                 now_ = Clock::now();
-                answered = read_runner(*slot);
+                heard = read_runner(*slot);
             }
-            if (!answered) { return; }
+            if (!heard) { return; }
         }
     }
 
@@ -2720,19 +2720,15 @@ private:
         string_view in = fresh, piece;
         Parse parsed = c.pass.awaits_proxy ? take_proxy(c, in) : Parse::Head;
         const bool started = parsed == Parse::Head;
-        fresh = in;
+        fresh = in;  // without the PROXY header
         while (started &&
                ((parsed = c.parser.next(in, piece)) == Parse::Head || parsed == Parse::Data)) {
             parsed == Parse::Head ? take_head(c, !in.empty()) : c.body.append(piece, kPiece);
             if (c.state != State::ReadBody) { return; }
         }
-        if (parsed != Parse::Bad) {
-            if (c.state == State::ReadHead) {
-                c.taken += fresh.substr(0, fresh.size() - in.size());
-            }
-            c.in = string(in);
-        }
         if (parsed == Parse::Bad) { return refuse(c, c.parser.error); }
+        if (c.state == State::ReadHead) { c.taken += fresh.substr(0, fresh.size() - in.size()); }
+        c.in = string(in);
         if (too_large(c.body.size())) { return refuse(c, {413, "the body is too large"}); }
         if (c.body.failed()) { return refuse(c, {507, "no room on disk for the body"}); }
         if (parsed == Parse::Done) { return ready(c); }
@@ -3572,6 +3568,7 @@ private:
         set_signals({SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGCHLD, SIGUSR1, SIGUSR2,
                      SIGWINCH},
                     on_signal);
+        block_signals(false);
         return {};
     }
 
