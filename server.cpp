@@ -3732,12 +3732,11 @@ private:
                 log(Level::Warning,
                     "The new master (pid:" + to_string(pid) + ") " + exit_text(status));
             }
-            const auto found = std::find_if(workers_.begin(), workers_.end(),
-                                            [pid](const WorkerInfo& w) { return w.pid == pid; });
-            if (found == workers_.end()) { continue; }
+            WorkerInfo* found = find(workers_, [pid](const WorkerInfo& w) { return w.pid == pid; });
+            if (found == nullptr) { continue; }
             read_heartbeats();
             const WorkerInfo worker = std::move(*found);
-            workers_.erase(found);
+            workers_.erase(workers_.begin() + (found - workers_.data()));
             if (status != 0) {
                 log(Level::Error, "Worker (pid:" + to_string(pid) + ") " + exit_text(status));
             }
@@ -3971,6 +3970,7 @@ int main(int argc, char** argv) {
         error = daemonize(config);
         detached = true;
     }
+    block_signals(true);  // from the pid file on, until the arbiter handles them
     if (!error) { error = write_pidfile(own_pidfile(config)); }
     if (error) {
         if (config.old_master == 0) { unlink_sockets(listeners); }

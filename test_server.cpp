@@ -6782,6 +6782,37 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
     CHECK_FALSE(exists(left));
 }
 
+TEST_CASE("a signal sent as soon as there is a pid file is handled as at any other time") {
+    const TempDir dir;
+    for (const int number : {SIGQUIT, SIGTERM, SIGHUP}) {
+        CAPTURE(number);
+        Pair log;  // full: the server waits at its first line, with a pid file and no worker
+        REQUIRE_FALSE(make_pipe(log, true));
+        while (::write(log.second.get(), "x", 1) == 1) {}
+        REQUIRE(::fcntl(log.second.get(), F_SETFL, 0) == 0);
+        Server::before_exec = [&] { ::dup2(log.second.get(), STDERR_FILENO); };
+        Server server(kHello, {"-p", dir.path + "/pid"}, {}, false);
+        Server::before_exec = nullptr;
+        REQUIRE(wait_for([&] { return exists(dir.path + "/pid"); }, 15s));
+        server.signal(number);
+        string said;
+        const auto says = [&](const char* what) {
+            char buffer[4096];
+            const ssize_t n = ::read(log.first.get(), buffer, sizeof buffer);
+            said.append(buffer, n > 0 ? static_cast<size_t>(n) : 0);
+            return contains(said, what);
+        };
+        if (number == SIGHUP) {
+            CHECK(wait_for([&] { return says("Hang up: Master"); }, 15s));
+            server.signal(SIGTERM);
+        }
+        CHECK(wait_for([&] { return says("Shutting down: Master"); }, 15s));
+        CHECK(server.wait_end());
+        CHECK(server.exit_code() == 0);
+        CHECK_FALSE(exists(dir.path + "/pid"));
+    }
+}
+
 TEST_CASE("a daemon goes on in the background, and its pid file names it as long as it lives") {
     const TempDir dir;
     write_file(dir.path + "/app.py", kTalkative);
@@ -7598,6 +7629,7 @@ def versions(environ, start_response):
     for (int i = 0; i < 20; ++i) { get(server, "/versions"); }  // both runners have loaded it
     CHECK(wait_for(settle, 10s));
     write_file(dir.path + "/late.py", version("late", 2));
+    CHECK(wait_for([&] { return hups() == 2; }));  // a runner new to it imports version 2 anyway
     CHECK(becomes("2 2 -"));
     CHECK(wait_for(settle, 10s));
     CHECK(hups() == 2);
