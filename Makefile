@@ -10,6 +10,7 @@
 # make help     print these lines
 #
 # CXX, CXXFLAGS, CPPFLAGS, LDFLAGS and LDLIBS are yours: make CXX=clang++ CXXFLAGS=-Os
+# ARGS are doctest's, and choose among the tests: make test ARGS=-ts=http
 CXX ?= g++
 CXXFLAGS ?= -O2 -g -Wall -Wextra -Wpedantic -Wshadow -Wconversion
 
@@ -30,7 +31,7 @@ test_server: test_server.cpp server.cpp
 	$(TESTS) $(LDFLAGS) -o $@ test_server.cpp $(LDLIBS)
 
 test check: server test_server
-	./test_server
+	./test_server $(ARGS)
 
 server-asan: server.cpp
 	$(BUILD) $(SANITIZE) $(LDFLAGS) -o $@ server.cpp $(LDLIBS)
@@ -39,7 +40,7 @@ test_server-asan: test_server.cpp server.cpp
 	$(TESTS) $(SANITIZE) $(LDFLAGS) -o $@ test_server.cpp $(LDLIBS)
 
 asan: server-asan test_server-asan
-	SERVER=./server-asan ./test_server-asan
+	SERVER=./server-asan ./test_server-asan $(ARGS)
 
 coverage:
 	.ci/coverage

@@ -2,6 +2,7 @@
 //
 //   make test                        everything
 //   ./test_server -tc='*reload*'     what matches
+//   ./test_server -ts=http           a part: grep TEST_SUITE_BEGIN test_server.cpp
 //
 // An end-to-end test starts the real program ($SERVER, ./server by default) on port 0 with an
 // application of its own, talks to it over real sockets, and leaves no process behind.
@@ -517,6 +518,7 @@ def app(environ, start_response):
 )py";
 
 // --- unit tests: bytes to meaning -------------------------------------------
+TEST_SUITE_BEGIN("unit");
 
 using namespace std::string_literals;
 using namespace std::string_view_literals;
@@ -2523,7 +2525,10 @@ TEST_CASE("README.md has a row for every option, with its default") {
     }
 }
 
+TEST_SUITE_END();
+
 // --- requests: every sentence of the rules, at a real server ----------------
+TEST_SUITE_BEGIN("http");
 
 using namespace std::string_literals;
 
@@ -3756,7 +3761,10 @@ def app(environ, start_response):
     }));
 }
 
+TEST_SUITE_END();
+
 // --- command line and process -----------------------------------------------
+TEST_SUITE_BEGIN("processes");
 
 struct Ran {
     int code = -1;  // exit status; -1: a signal ended it, or it did not end
@@ -5112,7 +5120,10 @@ TEST_CASE("a head too large for the ready queue holds up nobody else") {
     CHECK(Reply(huge.read_all()).body == "hello");
 }
 
+TEST_SUITE_END();
+
 // --- the Python runner ------------------------------------------------------
+TEST_SUITE_BEGIN("runners");
 
 /// For a query string.
 string encode(const string& text) {
@@ -6092,7 +6103,10 @@ string output_of(const string& command) {
     return text;
 }
 
+TEST_SUITE_END();
+
 // --- slow, hostile and broken clients, full disks, dying parts -------------------------------
+TEST_SUITE_BEGIN("hold");
 
 constexpr const char* kHold = R"py(
 
@@ -6472,7 +6486,10 @@ TEST_CASE(
     CHECK(wait_for([&] { return processes_with(server.mark).size() == 7; }, 40s));
 }
 
+TEST_SUITE_END();
+
 // --- signals, daemons, users, supervisors, proxies -------------------------------------------
+TEST_SUITE_BEGIN("operations");
 
 TEST_CASE("addresses are found in a list of addresses and networks") {
     const struct {
@@ -7643,293 +7660,6 @@ def versions(environ, start_response):
     CHECK(becomes("3 2 -"));
 }
 
-// --- README.md: the lesson ------------------------------------------------------------------
-
-bool have(const char* program) {
-    return std::system((string("command -v ") + program + " >/dev/null 2>&1").c_str()) == 0;
-}
-
-/// The n-th block of code in README.md in this language.
-string readme_block(const string& language, size_t n = 0) {
-    const string readme = read_file("README.md"), fence = "```" + language + "\n";
-    size_t at = readme.find(fence);
-    while (at != string::npos && n-- > 0) { at = readme.find(fence, at + 1); }
-    REQUIRE(at != string::npos);
-    at += fence.size();
-    return readme.substr(at, readme.find("```", at) - at);
-}
-
-string replaced(string text, const string& from, const string& to) {
-    REQUIRE(contains(text, from));
-    for (size_t at = 0; (at = text.find(from, at)) != string::npos; at += to.size()) {
-        text.replace(at, from.size(), to);
-    }
-    return text;
-}
-
-/// The part of README.md below a heading.
-string readme_section(const string& heading) {
-    const string readme = read_file("README.md");
-    const size_t begin = readme.find("\n" + heading + "\n");
-    REQUIRE(begin != string::npos);
-    return readme.substr(begin, readme.find("\n## ", begin + heading.size() + 2) - begin);
-}
-
-/// A line without what differs from run to run: the numbers, and the width of blanks.
-string shape(const string& line) {
-    string out;
-    for (const char c : line) {
-        if (c == '\r') { continue; }
-        const char each = is_digit(c) ? '#' : c;
-        if ((each == '#' || each == ' ') && !out.empty() && out.back() == each) { continue; }
-        out += each;
-    }
-    return string(trim(out));
-}
-
-/// Whether the lines of `expected` are found in those of `text`, in this order; else the line that
-/// is not. What follows a … may be anything. A number of three digits at the most that stands alone
-/// is a count or a status, and has to be the same; a longer one is of a process.
-string missing_line(const string& text, const string& expected) {
-    std::istringstream lines(text), wanted(expected);
-    string line, want;
-    while (std::getline(wanted, want)) {
-        const bool open = contains(want, "…");
-        const bool number =
-            !want.empty() && want.size() <= 3 && std::all_of(want.begin(), want.end(), is_digit);
-        const string form = number ? want : shape(want.substr(0, want.find("…")));
-        bool found = false;
-        while (!found && std::getline(lines, line)) {
-            const string got = number ? string(trim(line)) : shape(line);
-            const size_t at = got.find(form);
-            found = number ? got == form : at != string::npos;
-            found = found && (open || number || got.size() == at + form.size());
-        }
-        if (!found) { return want; }
-    }
-    return "";
-}
-
-TEST_CASE("a line of the lesson is found whatever the numbers of the processes") {
-    CHECK(missing_line("7\n839\n 40  x12\n", "14952\n1 x3\n") == "");
-    CHECK(missing_line("839\n", "14952\n14953\n") == "14953");
-    CHECK(missing_line("502\n2\n", "502\n2\n") == "");
-    CHECK(missing_line("503\n", "502\n") == "502");
-    CHECK(missing_line("2 a b\n", "3 a…\n") == "");
-    CHECK(missing_line("2 a b\n", "3 a\n") == "3 a");
-}
-
-TEST_CASE("the experiments of the lesson show what README.md says" *
-          doctest::skip(std::getenv("SERVER") != nullptr || !have("curl") || !have("pgrep"))) {
-    const TempDir dir;
-    const string pidfile = dir.path + "/pid", cwd = output_of("pwd");
-    const string lesson = readme_section("## Pre-fork in eight stops");
-    CHECK(contains(lesson, "./server -w 2 -t 3 -p /tmp/lesson.pid\n"));
-    Server server("",
-                  {"-w", "2", "-t", "3", "-p", pidfile, "--pythonpath", cwd, "app_example:app"});
-    REQUIRE(server.wait_ready_workers(2));
-    const string port = to_string(server.port());
-    size_t ran = 0, left_out = 0;
-    for (size_t at = lesson.find("```sh\n"), next = 0; at != string::npos; at = next) {
-        next = lesson.find("```sh\n", at + 1);
-        const string part = lesson.substr(at, next - at);
-        const auto block = [&](const string& fence) {
-            const size_t begin = part.find(fence);
-            if (begin == string::npos) { return ""s; }
-            return part.substr(begin + fence.size(),
-                               part.find("\n```", begin) + 1 - begin - fence.size());
-        };
-        string commands = block("```sh\n");
-        for (const auto& [from, to] : {std::pair("/tmp/lesson.pid"s, pidfile),
-                                       std::pair("127.0.0.1:8000"s, "127.0.0.1:" + port),
-                                       std::pair("127.0.0.1/8000"s, "127.0.0.1/" + port)}) {
-            if (contains(commands, from)) { commands = replaced(commands, from, to); }
-        }
-        CAPTURE(commands);
-        if (contains(commands, "strace") && !have("strace")) {
-            ++left_out;
-            continue;
-        }
-        write_file(dir.path + "/commands", commands);
-        const size_t logged = server.log().size();
-        const string shown = output_of("timeout 30 bash " + dir.path + "/commands 2>&1");
-        if (contains(shown, "Operation not permitted")) {
-            ++left_out;
-            continue;
-        }
-        CAPTURE(shown);
-        CHECK(missing_line(shown, block("```text\n")) == "");
-        const string log = server.log().substr(logged);
-        CAPTURE(log);
-        CHECK(missing_line(log, block("```log\n")) == "");
-        ++ran;
-    }
-    CHECK(ran + left_out == 8);
-    if (left_out > 0) { MESSAGE(left_out << " stops left out: strace cannot look at processes"); }
-    CHECK(wait_for([&] { return processes_with(server.mark).empty(); }));
-}
-
-TEST_CASE("every function that README.md names stands in server.cpp") {
-    const string source = read_file("server.cpp");
-    const string lesson = readme_section("## Pre-fork in eight stops");
-    size_t names = 0;
-    for (size_t at = 0; (at = lesson.find("()`", at)) != string::npos; ++at) {
-        const size_t begin = lesson.rfind('`', at - 1) + 1;
-        string name = lesson.substr(begin, at - begin);
-        name = name.substr(name.rfind(':') + 1);  // of Worker::run
-        if (name == "select" || name == "accept") { continue; }
-        CAPTURE(name);
-        CHECK((contains(source, " " + name + "(") || contains(source, "*" + name + "(")));
-        ++names;
-    }
-    CHECK(names > 40);
-}
-
-TEST_CASE("the runner that README.md shows whole answers" * doctest::skip(!have("perl"))) {
-    const TempDir dir;
-    write_file(dir.path + "/hello.pl", readme_block("perl"));
-    CHECK(count(readme_block("perl"), "\n") <= 26);
-    const Server server("", {"--runner", "perl " + dir.path + "/hello.pl"});
-    CHECK(get(server, "/a").body == "Hello from Perl at /a\n");
-    CHECK(post(server, "/b", "body").body == "Hello from Perl at /b\nbody");
-    for (int i = 0; i < 20; ++i) { CHECK(get(server, "/c").status == 200); }
-}
-
-// --- what stands before the server: nginx, HAProxy, systemd ---------------------------------
-// Their parts of the configuration are those of README.md, with other addresses.
-
-/// A program that runs beside the server until the end of the test.
-struct Program {
-    pid_t pid;
-    explicit Program(vector<string> words, const std::function<void()>& before = nullptr) {
-        pid = ::fork();
-        if (pid == 0) {
-            const int null = ::open("/dev/null", O_WRONLY);
-            for (const int fd : {1, 2}) { ::dup2(null, fd); }
-            if (before) { before(); }
-            vector<char*> argv;
-            for (string& word : words) { argv.push_back(word.data()); }
-            argv.push_back(nullptr);
-            ::execvp(argv[0], argv.data());
-            ::_exit(127);
-        }
-    }
-    ~Program() {
-        int status = 0;
-        ::kill(pid, SIGTERM);
-        const bool ended = wait_for([&] { return ::waitpid(pid, &status, WNOHANG) == pid; });
-        CHECK(ended);
-        if (ended) { return; }
-        ::kill(pid, SIGKILL);
-        ::waitpid(pid, &status, 0);
-    }
-};
-
-bool listens(const string& path) {
-    sockaddr_un name{};
-    name.sun_family = AF_UNIX;
-    path.copy(name.sun_path, sizeof name.sun_path - 1);
-    const Fd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    return ::connect(fd.get(), reinterpret_cast<sockaddr*>(&name), sizeof name) == 0;
-}
-
-TEST_CASE("behind nginx: over TCP and a unix socket, HTTP/1.0 and 1.1" *
-          doctest::test_suite("peers") * doctest::skip(!have("nginx"))) {
-    const TempDir dir;
-    const string back = dir.path + "/back", big(3000000, 'b');
-    const Server server(kProbe, {"-b", "unix:" + back, "-b", "127.0.0.1:0"});
-    const string block = readme_block("nginx");
-    size_t n = 0;
-    for (const string& upstream : {"unix:" + back, "127.0.0.1:" + to_string(server.port())}) {
-        for (const string& version : {"1.0"s, "1.1"s}) {
-            CAPTURE(upstream);
-            CAPTURE(version);
-            const string front = dir.path + "/front" + to_string(++n);
-            string paths;
-            for (const char* kind : {"client_body", "proxy", "fastcgi", "uwsgi", "scgi"}) {
-                paths += string(kind) + "_temp_path " + dir.path + "/" + kind + ";\n";
-            }
-            write_file(dir.path + "/conf",
-                       "daemon off; master_process off; error_log " + dir.path + "/log; pid " +
-                           dir.path + "/pid; events {} http { access_log off; " + paths +
-                           "client_max_body_size 0; proxy_http_version " + version +
-                           "; server { listen unix:" + front + "; " +
-                           replaced(block, "unix:/run/mysite.sock", upstream) + "} }");
-            const Program nginx({"nginx", "-e", dir.path + "/log", "-c", dir.path + "/conf"});
-            REQUIRE_MESSAGE(wait_for([&] { return listens(front); }), read_file(dir.path + "/log"));
-            const auto through = [&](const string& bytes) {
-                Client client(front);
-                client.send(bytes);
-                return Reply(client.read_all());
-            };
-            const string fields = "Connection: close\r\n";
-            const Reply plain = through(http("GET /a%20b?c", fields));
-            CHECK(plain.status == 200);
-            CHECK(has_line(plain.body, "PATH_INFO=/a b"));
-            CHECK(has_line(plain.body, "HTTP_HOST=x"));
-            CHECK(has_line(plain.body, "HTTP_X_FORWARDED_PROTO=http"));
-            CHECK(has_line(plain.body, "wsgi.url_scheme=http"));
-            CHECK(has_line(plain.body, "SERVER_PROTOCOL=HTTP/" + version));
-            const Reply posted = through(sized("POST /", big, fields));
-            CHECK(posted.status == 200);
-            CHECK(contains(posted.body, "\nbody=" + big + "\n"));
-            CHECK(through(http("HEAD /", fields)).body == "");
-        }
-    }
-    CHECK_FALSE(contains(server.log(), "[WARNING]"));
-    CHECK_FALSE(contains(server.log(), "[ERROR]"));
-}
-
-TEST_CASE("behind HAProxy: send-proxy, send-proxy-v2, and its health checks" *
-          doctest::test_suite("peers") * doctest::skip(!have("haproxy"))) {
-    const TempDir dir;
-    const Server server(kProbe, {"--proxy-protocol"});
-    const string block = replaced(readme_block("haproxy"), "127.0.0.1:8000",
-                                  "127.0.0.1:" + to_string(server.port()));
-    for (const string& how : {"send-proxy"s, "send-proxy-v2"s}) {
-        CAPTURE(how);
-        string port;
-        const Fd front = listen_somewhere(port);
-        write_file(dir.path + "/conf",
-                   "global\n stats socket " + dir.path +
-                       "/stats\ndefaults\n mode http\n timeout connect 5s\n timeout client 5s\n"
-                       " timeout server 5s\nfrontend f\n bind fd@100\n default_backend mysite\n" +
-                       replaced(block, "send-proxy-v2", how + " inter 100ms"));
-        const Program haproxy({"haproxy", "-q", "-db", "-f", dir.path + "/conf"},
-                              [&] { ::dup2(front.get(), 100); });
-        const auto checks = [&] { return count(server.access(), "\"OPTIONS /health HTTP/1."); };
-        const size_t before = checks();
-        CHECK(wait_for([&] { return checks() > before + 2; }));
-        CHECK(wait_for([&] { return exists(dir.path + "/stats"); }));
-        Client client(std::atoi(port.c_str()));
-        sockaddr_storage name = socket_name(client.fd.get());
-        string host, own_port;
-        address_text(name, host, own_port);
-        client.send(http("GET /", "Connection: close\r\n"));
-        const Reply reply(client.read_all());
-        CHECK(reply.status == 200);
-        CHECK(has_line(reply.body, "REMOTE_ADDR=127.0.0.1"));
-        CHECK(has_line(reply.body, "REMOTE_PORT=" + own_port));
-    }
-    CHECK_FALSE(contains(server.log(), "[WARNING]"));
-    CHECK_FALSE(contains(server.log(), "[ERROR]"));
-    CHECK_FALSE(contains(server.access(), " 4"s + "00 "));
-}
-
-TEST_CASE("systemd-socket-activate hands over its socket" * doctest::test_suite("peers") *
-          doctest::skip(!have("systemd-socket-activate"))) {
-    const TempDir dir;
-    const string path = dir.path + "/s", log = dir.path + "/log";
-    write_file(dir.path + "/app.py", kHello);
-    const char* given = std::getenv("SERVER");
-    const string program = output_of("realpath " + string(given != nullptr ? given : "./server"));
-    const Program activated({"systemd-socket-activate", "-l", path, program, "--chdir", dir.path,
-                             "--python", "/usr/bin/python3", "--error-logfile", log, "app:app"});
-    CHECK(wait_for([&] { return exists(path); }));
-    CHECK(exchange(Client(path), get_bytes("/")).body == "hello\n");
-    CHECK(contains(read_file(log), "Listening at: unix:" + path));
-}
-
 TEST_CASE("what a client sent in time counts, though nobody was there to read it") {
     Server server(kTools, {"-w", "1", "--header-timeout", "1"});
     Client busy(server), half(server);
@@ -8186,7 +7916,303 @@ def env(environ, start_response):
     CHECK(count(heard, "STOPPING") == 1);
 }
 
+TEST_SUITE_END();
+
+// --- README.md: the lesson ------------------------------------------------------------------
+TEST_SUITE_BEGIN("lesson");
+
+bool have(const char* program) {
+    return std::system((string("command -v ") + program + " >/dev/null 2>&1").c_str()) == 0;
+}
+
+/// The n-th block of code in README.md in this language.
+string readme_block(const string& language, size_t n = 0) {
+    const string readme = read_file("README.md"), fence = "```" + language + "\n";
+    size_t at = readme.find(fence);
+    while (at != string::npos && n-- > 0) { at = readme.find(fence, at + 1); }
+    REQUIRE(at != string::npos);
+    at += fence.size();
+    return readme.substr(at, readme.find("```", at) - at);
+}
+
+string replaced(string text, const string& from, const string& to) {
+    REQUIRE(contains(text, from));
+    for (size_t at = 0; (at = text.find(from, at)) != string::npos; at += to.size()) {
+        text.replace(at, from.size(), to);
+    }
+    return text;
+}
+
+/// The part of README.md below a heading.
+string readme_section(const string& heading) {
+    const string readme = read_file("README.md");
+    const size_t begin = readme.find("\n" + heading + "\n");
+    REQUIRE(begin != string::npos);
+    return readme.substr(begin, readme.find("\n## ", begin + heading.size() + 2) - begin);
+}
+
+/// A line without what differs from run to run: the numbers, and the width of blanks.
+string shape(const string& line) {
+    string out;
+    for (const char c : line) {
+        if (c == '\r') { continue; }
+        const char each = is_digit(c) ? '#' : c;
+        if ((each == '#' || each == ' ') && !out.empty() && out.back() == each) { continue; }
+        out += each;
+    }
+    return string(trim(out));
+}
+
+/// Whether the lines of `expected` are found in those of `text`, in this order; else the line that
+/// is not. What follows a … may be anything. A number of three digits at the most that stands alone
+/// is a count or a status, and has to be the same; a longer one is of a process.
+string missing_line(const string& text, const string& expected) {
+    std::istringstream lines(text), wanted(expected);
+    string line, want;
+    while (std::getline(wanted, want)) {
+        const bool open = contains(want, "…");
+        const bool number =
+            !want.empty() && want.size() <= 3 && std::all_of(want.begin(), want.end(), is_digit);
+        const string form = number ? want : shape(want.substr(0, want.find("…")));
+        bool found = false;
+        while (!found && std::getline(lines, line)) {
+            const string got = number ? string(trim(line)) : shape(line);
+            const size_t at = got.find(form);
+            found = number ? got == form : at != string::npos;
+            found = found && (open || number || got.size() == at + form.size());
+        }
+        if (!found) { return want; }
+    }
+    return "";
+}
+
+TEST_CASE("a line of the lesson is found whatever the numbers of the processes") {
+    CHECK(missing_line("7\n839\n 40  x12\n", "14952\n1 x3\n") == "");
+    CHECK(missing_line("839\n", "14952\n14953\n") == "14953");
+    CHECK(missing_line("502\n2\n", "502\n2\n") == "");
+    CHECK(missing_line("503\n", "502\n") == "502");
+    CHECK(missing_line("2 a b\n", "3 a…\n") == "");
+    CHECK(missing_line("2 a b\n", "3 a\n") == "3 a");
+}
+
+TEST_CASE("the experiments of the lesson show what README.md says" *
+          doctest::skip(std::getenv("SERVER") != nullptr || !have("curl") || !have("pgrep"))) {
+    const TempDir dir;
+    const string pidfile = dir.path + "/pid", cwd = output_of("pwd");
+    const string lesson = readme_section("## Pre-fork in eight stops");
+    CHECK(contains(lesson, "./server -w 2 -t 3 -p /tmp/lesson.pid\n"));
+    Server server("",
+                  {"-w", "2", "-t", "3", "-p", pidfile, "--pythonpath", cwd, "app_example:app"});
+    REQUIRE(server.wait_ready_workers(2));
+    const string port = to_string(server.port());
+    size_t ran = 0, left_out = 0;
+    for (size_t at = lesson.find("```sh\n"), next = 0; at != string::npos; at = next) {
+        next = lesson.find("```sh\n", at + 1);
+        const string part = lesson.substr(at, next - at);
+        const auto block = [&](const string& fence) {
+            const size_t begin = part.find(fence);
+            if (begin == string::npos) { return ""s; }
+            return part.substr(begin + fence.size(),
+                               part.find("\n```", begin) + 1 - begin - fence.size());
+        };
+        string commands = block("```sh\n");
+        for (const auto& [from, to] : {std::pair("/tmp/lesson.pid"s, pidfile),
+                                       std::pair("127.0.0.1:8000"s, "127.0.0.1:" + port),
+                                       std::pair("127.0.0.1/8000"s, "127.0.0.1/" + port)}) {
+            if (contains(commands, from)) { commands = replaced(commands, from, to); }
+        }
+        CAPTURE(commands);
+        if (contains(commands, "strace") && !have("strace")) {
+            ++left_out;
+            continue;
+        }
+        write_file(dir.path + "/commands", commands);
+        const size_t logged = server.log().size();
+        const string shown = output_of("timeout 30 bash " + dir.path + "/commands 2>&1");
+        if (contains(shown, "Operation not permitted")) {
+            ++left_out;
+            continue;
+        }
+        CAPTURE(shown);
+        CHECK(missing_line(shown, block("```text\n")) == "");
+        const string log = server.log().substr(logged);
+        CAPTURE(log);
+        CHECK(missing_line(log, block("```log\n")) == "");
+        ++ran;
+    }
+    CHECK(ran + left_out == 8);
+    if (left_out > 0) { MESSAGE(left_out << " stops left out: strace cannot look at processes"); }
+    CHECK(wait_for([&] { return processes_with(server.mark).empty(); }));
+}
+
+TEST_CASE("every function that README.md names stands in server.cpp") {
+    const string source = read_file("server.cpp");
+    const string lesson = readme_section("## Pre-fork in eight stops");
+    size_t names = 0;
+    for (size_t at = 0; (at = lesson.find("()`", at)) != string::npos; ++at) {
+        const size_t begin = lesson.rfind('`', at - 1) + 1;
+        string name = lesson.substr(begin, at - begin);
+        name = name.substr(name.rfind(':') + 1);  // of Worker::run
+        if (name == "select" || name == "accept") { continue; }
+        CAPTURE(name);
+        CHECK((contains(source, " " + name + "(") || contains(source, "*" + name + "(")));
+        ++names;
+    }
+    CHECK(names > 40);
+}
+
+TEST_CASE("the runner that README.md shows whole answers" * doctest::skip(!have("perl"))) {
+    const TempDir dir;
+    write_file(dir.path + "/hello.pl", readme_block("perl"));
+    CHECK(count(readme_block("perl"), "\n") <= 26);
+    const Server server("", {"--runner", "perl " + dir.path + "/hello.pl"});
+    CHECK(get(server, "/a").body == "Hello from Perl at /a\n");
+    CHECK(post(server, "/b", "body").body == "Hello from Perl at /b\nbody");
+    for (int i = 0; i < 20; ++i) { CHECK(get(server, "/c").status == 200); }
+}
+
+TEST_SUITE_END();
+
+// --- what stands before the server: nginx, HAProxy, systemd ---------------------------------
+// Their parts of the configuration are those of README.md, with other addresses.
+TEST_SUITE_BEGIN("peers");
+
+/// A program that runs beside the server until the end of the test.
+struct Program {
+    pid_t pid;
+    explicit Program(vector<string> words, const std::function<void()>& before = nullptr) {
+        pid = ::fork();
+        if (pid == 0) {
+            const int null = ::open("/dev/null", O_WRONLY);
+            for (const int fd : {1, 2}) { ::dup2(null, fd); }
+            if (before) { before(); }
+            vector<char*> argv;
+            for (string& word : words) { argv.push_back(word.data()); }
+            argv.push_back(nullptr);
+            ::execvp(argv[0], argv.data());
+            ::_exit(127);
+        }
+    }
+    ~Program() {
+        int status = 0;
+        ::kill(pid, SIGTERM);
+        const bool ended = wait_for([&] { return ::waitpid(pid, &status, WNOHANG) == pid; });
+        CHECK(ended);
+        if (ended) { return; }
+        ::kill(pid, SIGKILL);
+        ::waitpid(pid, &status, 0);
+    }
+};
+
+bool listens(const string& path) {
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    path.copy(name.sun_path, sizeof name.sun_path - 1);
+    const Fd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    return ::connect(fd.get(), reinterpret_cast<sockaddr*>(&name), sizeof name) == 0;
+}
+
+TEST_CASE("behind nginx: over TCP and a unix socket, HTTP/1.0 and 1.1" *
+          doctest::skip(!have("nginx"))) {
+    const TempDir dir;
+    const string back = dir.path + "/back", big(3000000, 'b');
+    const Server server(kProbe, {"-b", "unix:" + back, "-b", "127.0.0.1:0"});
+    const string block = readme_block("nginx");
+    size_t n = 0;
+    for (const string& upstream : {"unix:" + back, "127.0.0.1:" + to_string(server.port())}) {
+        for (const string& version : {"1.0"s, "1.1"s}) {
+            CAPTURE(upstream);
+            CAPTURE(version);
+            const string front = dir.path + "/front" + to_string(++n);
+            string paths;
+            for (const char* kind : {"client_body", "proxy", "fastcgi", "uwsgi", "scgi"}) {
+                paths += string(kind) + "_temp_path " + dir.path + "/" + kind + ";\n";
+            }
+            write_file(dir.path + "/conf",
+                       "daemon off; master_process off; error_log " + dir.path + "/log; pid " +
+                           dir.path + "/pid; events {} http { access_log off; " + paths +
+                           "client_max_body_size 0; proxy_http_version " + version +
+                           "; server { listen unix:" + front + "; " +
+                           replaced(block, "unix:/run/mysite.sock", upstream) + "} }");
+            const Program nginx({"nginx", "-e", dir.path + "/log", "-c", dir.path + "/conf"});
+            REQUIRE_MESSAGE(wait_for([&] { return listens(front); }), read_file(dir.path + "/log"));
+            const auto through = [&](const string& bytes) {
+                Client client(front);
+                client.send(bytes);
+                return Reply(client.read_all());
+            };
+            const string fields = "Connection: close\r\n";
+            const Reply plain = through(http("GET /a%20b?c", fields));
+            CHECK(plain.status == 200);
+            CHECK(has_line(plain.body, "PATH_INFO=/a b"));
+            CHECK(has_line(plain.body, "HTTP_HOST=x"));
+            CHECK(has_line(plain.body, "HTTP_X_FORWARDED_PROTO=http"));
+            CHECK(has_line(plain.body, "wsgi.url_scheme=http"));
+            CHECK(has_line(plain.body, "SERVER_PROTOCOL=HTTP/" + version));
+            const Reply posted = through(sized("POST /", big, fields));
+            CHECK(posted.status == 200);
+            CHECK(contains(posted.body, "\nbody=" + big + "\n"));
+            CHECK(through(http("HEAD /", fields)).body == "");
+        }
+    }
+    CHECK_FALSE(contains(server.log(), "[WARNING]"));
+    CHECK_FALSE(contains(server.log(), "[ERROR]"));
+}
+
+TEST_CASE("behind HAProxy: send-proxy, send-proxy-v2, and its health checks" *
+          doctest::skip(!have("haproxy"))) {
+    const TempDir dir;
+    const Server server(kProbe, {"--proxy-protocol"});
+    const string block = replaced(readme_block("haproxy"), "127.0.0.1:8000",
+                                  "127.0.0.1:" + to_string(server.port()));
+    for (const string& how : {"send-proxy"s, "send-proxy-v2"s}) {
+        CAPTURE(how);
+        string port;
+        const Fd front = listen_somewhere(port);
+        write_file(dir.path + "/conf",
+                   "global\n stats socket " + dir.path +
+                       "/stats\ndefaults\n mode http\n timeout connect 5s\n timeout client 5s\n"
+                       " timeout server 5s\nfrontend f\n bind fd@100\n default_backend mysite\n" +
+                       replaced(block, "send-proxy-v2", how + " inter 100ms"));
+        const Program haproxy({"haproxy", "-q", "-db", "-f", dir.path + "/conf"},
+                              [&] { ::dup2(front.get(), 100); });
+        const auto checks = [&] { return count(server.access(), "\"OPTIONS /health HTTP/1."); };
+        const size_t before = checks();
+        CHECK(wait_for([&] { return checks() > before + 2; }));
+        CHECK(wait_for([&] { return exists(dir.path + "/stats"); }));
+        Client client(std::atoi(port.c_str()));
+        sockaddr_storage name = socket_name(client.fd.get());
+        string host, own_port;
+        address_text(name, host, own_port);
+        client.send(http("GET /", "Connection: close\r\n"));
+        const Reply reply(client.read_all());
+        CHECK(reply.status == 200);
+        CHECK(has_line(reply.body, "REMOTE_ADDR=127.0.0.1"));
+        CHECK(has_line(reply.body, "REMOTE_PORT=" + own_port));
+    }
+    CHECK_FALSE(contains(server.log(), "[WARNING]"));
+    CHECK_FALSE(contains(server.log(), "[ERROR]"));
+    CHECK_FALSE(contains(server.access(), " 4"s + "00 "));
+}
+
+TEST_CASE("systemd-socket-activate hands over its socket" *
+          doctest::skip(!have("systemd-socket-activate"))) {
+    const TempDir dir;
+    const string path = dir.path + "/s", log = dir.path + "/log";
+    write_file(dir.path + "/app.py", kHello);
+    const char* given = std::getenv("SERVER");
+    const string program = output_of("realpath " + string(given != nullptr ? given : "./server"));
+    const Program activated({"systemd-socket-activate", "-l", path, program, "--chdir", dir.path,
+                             "--python", "/usr/bin/python3", "--error-logfile", log, "app:app"});
+    CHECK(wait_for([&] { return exists(path); }));
+    CHECK(exchange(Client(path), get_bytes("/")).body == "hello\n");
+    CHECK(contains(read_file(log), "Listening at: unix:" + path));
+}
+
+TEST_SUITE_END();
+
 // --- the lab: app_example.py ----------------------------------------------------------------
+TEST_SUITE_BEGIN("applications");
 
 /// A request as a browser or curl on this machine would send it.
 string lab_bytes(const string& method, const string& target, const string& fields = "",
@@ -8458,6 +8484,8 @@ TEST_CASE("Flask and Django applications run under two workers") {
     const Server shown(readme_block("python"), {"-w", "1"});
     CHECK(get(shown).body == "Hello, Flask!\n");
 }
+
+TEST_SUITE_END();
 
 }  // namespace test
 
