@@ -298,6 +298,11 @@ bool parse_network(string_view text, Network& network) {
            (whole || (parse_number(text, network.bits) && network.bits <= most));
 }
 
+/// A time of stat(2), to be compared.
+int64_t nanoseconds(const struct timespec& t) {
+    return int64_t{t.tv_sec} * 1'000'000'000 + t.tv_nsec;
+}
+
 /// Makes bytes of a client harmless in a log: controls, quotes, backslashes and all but ASCII.
 string escape(string_view text) {
     string out;
@@ -371,6 +376,11 @@ private:
     int64_t file_begin_ = 0, file_end_ = 0;
     bool failed_ = false;
 };
+
+/// How long to wait before a process is started again, after so many failures in a row.
+seconds backoff(int failures) {
+    return seconds(failures < 1 ? 0 : std::min(30, 1 << std::min(failures - 1, 5)));
+}
 
 // Signals come in as bytes of a pipe, so that none is lost between a test and the sleep.
 Pair g_self_pipe;
@@ -510,24 +520,28 @@ Error set_workers(Config& config, string_view text) {
 constexpr const char* kLevels[] = {"debug", "info", "warning", "error", "critical"};
 constexpr const char* kWorkerClasses[] = {"sync", "gthread"};
 
-/// Sets a string to one of the given words.
-template <auto Member, const auto& Words>
-Error set_word(Config& config, string_view text) {
+template <const auto& Words>
+Error check_word(string_view text) {
     const bool known = find(Words, [text](string_view word) { return word == text; });
-    return known ? set<Member>(config, text) : Error{1, "there is no '" + string(text) + "'"};
+    return known ? Error{} : Error{1, "there is no '" + string(text) + "'"};
 }
 
 /// A list of addresses and networks, * for all.
-template <auto Member>
-Error set_networks(Config& config, string_view text) {
-    for (string_view rest = text; !rest.empty();) {
-        const string_view entry = trim(cut(rest, ','));
+Error check_networks(string_view list) {
+    while (!list.empty()) {
+        const string_view entry = trim(cut(list, ','));
         Network network;
         if (entry != "*" && !parse_network(entry, network)) {
             return {1, "'" + string(entry) + "' is no address or network"};
         }
     }
-    return set<Member>(config, text);
+    return {};
+}
+
+Error check_variable(string_view text) {
+    const size_t equals = text.find('=');
+    const bool good = equals != 0 && equals != string::npos;
+    return good ? Error{} : Error{1, "no NAME=VALUE: " + string(text)};
 }
 
 /// A file mode mask in octal digits.
@@ -539,83 +553,82 @@ Error set_umask(Config& config, string_view text) {
 }
 
 string get_umask(const Config& config) {
-    char text[8];
-    return string(text,
-                  static_cast<size_t>(std::snprintf(text, sizeof text, "%04o", config.umask)));
-}
-
-Error set_env(Config& config, string_view text) {
-    const size_t equals = text.find('=');
-    if (equals == 0 || equals == string::npos) { return {1, "no NAME=VALUE: " + string(text)}; }
-    return set<&Config::raw_env>(config, text);
+    char text[16];
+    std::snprintf(text, sizeof text, "%04o", static_cast<unsigned>(config.umask));
+    return text;
 }
 
 struct Option {
-    char letter;
-    const char *name, *meta, *help;  // meta nullptr: takes no value
+    const char* text;  // "-x, --name VALUE: what it does"; the letter and the value may be missing
     Error (*set)(Config&, string_view);
     string (*get)(const Config&);  // nullptr: not shown
+    Error (*check)(string_view) = nullptr;
+
+    string_view help() const { return std::strchr(text, ':') + 2; }
+    string_view usage() const { return {text, std::strcspn(text, ":")}; }
+    string_view name() const {
+        const string_view from = usage().substr(text[1] == '-' ? 2 : 6);
+        return from.substr(0, from.find(' '));
+    }
+    bool takes_value() const { return usage().back() >= 'A' && usage().back() <= 'Z'; }
 };
 
-/// A row for a setting that needs no check of its own.
 template <auto Member, int64_t Low = 0, int64_t High = INT_MAX>
-constexpr Option row(char letter, const char* name, const char* meta, const char* help) {
-    return {letter, name, meta, help, set<Member, Low, High>, get<Member>};
+constexpr Option row(const char* text, Error (*check)(string_view) = nullptr) {
+    return {text, set<Member, Low, High>, get<Member>, check};
 }
 
 using C = Config;
 constexpr int64_t kYear = 31'536'000, kMiB = int64_t{1} << 20;
 constexpr Option kOptions[] = {
-    row<&C::bind>('b', "bind", "ADDRESS",
-                  "HOST:PORT, [V6]:PORT, :PORT, unix:PATH or fd://N; repeatable"),
-    {'w', "workers", "N", "worker processes; auto: one a processor", set_workers, get<&C::workers>},
-    {'k', "worker-class", "NAME", "sync or gthread, by --threads",
-     set_word<&C::worker_class, kWorkerClasses>, get<&C::worker_class>},
-    row<&C::threads, 1, 128>(0, "threads", "N", "requests that run at a time in each worker"),
-    row<&C::timeout, 0, kYear>('t', "timeout", "SECONDS",
-                               "end what is silent for so long; 0: never"),
-    row<&C::graceful_timeout, 0, kYear>(0, "graceful-timeout", "SECONDS",
-                                        "to finish when stopping"),
-    row<&C::header_timeout, 1, kYear>(0, "header-timeout", "SECONDS", "for the head of a request"),
-    row<&C::backlog, 1, 65535>(0, "backlog", "N", "connections that wait to be accepted"),
-    row<&C::worker_connections, 1>(0, "worker-connections", "N", "connections that a worker holds"),
-    row<&C::max_requests, 0>(0, "max-requests", "N", "then a new runner; 0: never"),
-    row<&C::max_requests_jitter, 0>(0, "max-requests-jitter", "N", "at random, up to N more"),
-    row<&C::limit_request_line, 0, kMiB>(0, "limit-request-line", "BYTES", "0: 1 MiB"),
-    row<&C::limit_request_fields, 1, 32768>(0, "limit-request-fields", "N", "most header fields"),
-    row<&C::limit_request_field_size, 0, kMiB>(0, "limit-request-field_size", "BYTES",
-                                               "longest header field; 0: the default"),
-    row<&C::limit_request_body, 0, INT64_MAX>(0, "limit-request-body", "BYTES", "0: no limit"),
-    row<&C::chdir>(0, "chdir", "DIR", "change to this directory first"),
-    row<&C::pythonpath>(0, "pythonpath", "DIRS", "to import from first; commas between several"),
-    {'e', "env", "NAME=VALUE", "for the application; repeatable", set_env, get<&C::raw_env>},
-    row<&C::worker_tmp_dir>(0, "worker-tmp-dir", "DIR", "else /dev/shm, $TMPDIR or /tmp"),
-    row<&C::accesslog>(0, "access-logfile", "FILE", "write an access log; -: to stdout"),
-    row<&C::access_log_format>(0, "access-logformat", "FORMAT", "what its lines look like"),
-    row<&C::errorlog>(0, "error-logfile", "FILE", "for messages and what is printed; -: stderr"),
-    {0, "log-file", "FILE", "the same as --error-logfile", set<&C::errorlog>, nullptr},
-    {0, "log-level", "LEVEL", "debug, info, warning, error or critical",
-     set_word<&C::loglevel, kLevels>, get<&C::loglevel>},
-    row<&C::python>(0, "python", "PATH", "the Python that runs the application"),
-    row<&C::runner>(0, "runner", "CMD", "a program that answers in place of Python"),
-    {0, "forwarded-allow-ips", "IPS", "proxies that may say https: addresses, networks or *",
-     set_networks<&C::forwarded_allow_ips>, get<&C::forwarded_allow_ips>},
-    row<&C::proxy_protocol>(0, "proxy-protocol", nullptr, "take PROXY headers, version 1 or 2"),
-    {0, "proxy-allow-from", "IPS", "who may send them: addresses, networks or *",
-     set_networks<&C::proxy_allow_from>, get<&C::proxy_allow_from>},
-    row<&C::reload>(0, "reload", nullptr, "reload when a file of the application changes"),
-    row<&C::reload_extra_files>(0, "reload-extra-file", "FILE", "or this one; repeatable"),
-    row<&C::daemon>('D', "daemon", nullptr, "go on in the background"),
-    row<&C::proc_name>('n', "name", "NAME", "in the titles of processes; else the application"),
-    row<&C::pidfile>('p', "pid", "FILE", "write the process number of the arbiter to it"),
-    row<&C::user>('u', "user", "USER", "that workers run as, by name or number"),
-    row<&C::group>('g', "group", "GROUP", "that workers run as; else the user's"),
-    {'m', "umask", "MODE", "taken off the mode of unix sockets, octal", set_umask, get_umask},
-    {0, "check-config", nullptr, "check all, load the application, and exit", set<&C::check_config>,
-     nullptr},
-    {0, "print-config", nullptr, "print the settings and exit", set<&C::print_config>, nullptr},
-    {'v', "version", nullptr, "print the version and exit", set<&C::version>, nullptr},
-    {'h', "help", nullptr, "print this help and exit", set<&C::help>, nullptr},
+    row<&C::bind>(
+        "-b, --bind ADDRESS: HOST:PORT, [V6]:PORT, :PORT, unix:PATH or fd://N; repeatable"),
+    {"-w, --workers N: worker processes; auto: one a processor", set_workers, get<&C::workers>},
+    row<&C::worker_class>("-k, --worker-class NAME: sync or gthread, by --threads",
+                          check_word<kWorkerClasses>),
+    row<&C::threads, 1, 128>("--threads N: requests that run at a time in each worker"),
+    row<&C::timeout, 0, kYear>("-t, --timeout SECONDS: end what is silent for so long; 0: never"),
+    row<&C::graceful_timeout, 0, kYear>("--graceful-timeout SECONDS: to finish when stopping"),
+    row<&C::header_timeout, 1, kYear>("--header-timeout SECONDS: for the head of a request"),
+    row<&C::backlog, 1, 65535>("--backlog N: connections that wait to be accepted"),
+    row<&C::worker_connections, 1>("--worker-connections N: connections that a worker holds"),
+    row<&C::max_requests, 0>("--max-requests N: then a new runner; 0: never"),
+    row<&C::max_requests_jitter, 0>("--max-requests-jitter N: at random, up to N more"),
+    row<&C::limit_request_line, 0, kMiB>("--limit-request-line BYTES: 0: 1 MiB"),
+    row<&C::limit_request_fields, 1, 32768>("--limit-request-fields N: most header fields"),
+    row<&C::limit_request_field_size, 0, kMiB>(
+        "--limit-request-field_size BYTES: longest header field; 0: the default"),
+    row<&C::limit_request_body, 0, INT64_MAX>("--limit-request-body BYTES: 0: no limit"),
+    row<&C::chdir>("--chdir DIR: change to this directory first"),
+    row<&C::pythonpath>("--pythonpath DIRS: to import from first; commas between several"),
+    row<&C::raw_env>("-e, --env NAME=VALUE: for the application; repeatable", check_variable),
+    row<&C::worker_tmp_dir>("--worker-tmp-dir DIR: else /dev/shm, $TMPDIR or /tmp"),
+    row<&C::accesslog>("--access-logfile FILE: write an access log; -: to stdout"),
+    row<&C::access_log_format>("--access-logformat FORMAT: what its lines look like"),
+    row<&C::errorlog>("--error-logfile FILE: for messages and what is printed; -: stderr"),
+    {"--log-file FILE: the same as --error-logfile", set<&C::errorlog>, nullptr},
+    row<&C::loglevel>("--log-level LEVEL: debug, info, warning, error or critical",
+                      check_word<kLevels>),
+    row<&C::python>("--python PATH: the Python that runs the application"),
+    row<&C::runner>("--runner CMD: a program that answers in place of Python"),
+    row<&C::forwarded_allow_ips>(
+        "--forwarded-allow-ips IPS: proxies that may say https: addresses, networks or *",
+        check_networks),
+    row<&C::proxy_protocol>("--proxy-protocol: take PROXY headers, version 1 or 2"),
+    row<&C::proxy_allow_from>("--proxy-allow-from IPS: who may send them: addresses, networks or *",
+                              check_networks),
+    row<&C::reload>("--reload: reload when a file of the application changes"),
+    row<&C::reload_extra_files>("--reload-extra-file FILE: or this one; repeatable"),
+    row<&C::daemon>("-D, --daemon: go on in the background"),
+    row<&C::proc_name>("-n, --name NAME: in the titles of processes; else the application"),
+    row<&C::pidfile>("-p, --pid FILE: write the process number of the arbiter to it"),
+    row<&C::user>("-u, --user USER: that workers run as, by name or number"),
+    row<&C::group>("-g, --group GROUP: that workers run as; else the user's"),
+    {"-m, --umask MODE: taken off the mode of unix sockets, octal", set_umask, get_umask},
+    {"--check-config: check all, load the application, and exit", set<&C::check_config>, nullptr},
+    {"--print-config: print the settings and exit", set<&C::print_config>, nullptr},
+    {"-v, --version: print the version and exit", set<&C::version>, nullptr},
+    {"-h, --help: print this help and exit", set<&C::help>, nullptr},
 };
 
 /// Reads args[i]: -x VALUE, -xVALUE, --name VALUE or --name=VALUE, and moves i to its last word.
@@ -625,18 +638,19 @@ Error parse_option(Config& config, const std::vector<const char*>& args, size_t&
     const size_t end = is_long ? std::min(arg.find('='), arg.size()) : 2;
     const string name = is_long ? arg.substr(2, end - 2) : arg.substr(1, 1);
     const Option* option = find(kOptions, [&](const Option& o) {
-        return is_long ? name == o.name : name.front() == o.letter;
+        return is_long ? name == o.name() : name.front() == o.text[1];
     });
-    const bool attached = arg.size() > end;
     if (option == nullptr) { return {2, "unknown option " + arg}; }
-    if (option->meta == nullptr && attached) { return {2, arg + " takes no value"}; }
+    const bool attached = arg.size() > end, takes_value = option->takes_value();
+    if (!takes_value && attached) { return {2, arg + " takes no value"}; }
     string_view value = attached ? args[i] + end + (is_long ? 1 : 0) : "";
-    if (option->meta != nullptr && !attached) {
+    if (takes_value && !attached) {
         if (++i == args.size()) { return {2, arg + " needs a value"}; }
         value = args[i];
     }
-    const Error error = option->set(config, value);
-    return error ? Error{error.code, string("--") + option->name + ": " + error.text} : error;
+    Error error = option->check != nullptr ? option->check(value) : Error{};
+    if (!error) { error = option->set(config, value); }
+    return error ? Error{error.code, "--" + string(option->name()) + ": " + error.text} : error;
 }
 
 /// Settings from the environment and, stronger, the arguments. A code of 2: not understood.
@@ -675,10 +689,9 @@ void print_help() {
         "usage: server [OPTIONS] [MODULE:CALLABLE]\n\n"
         "Serves a WSGI application, app_example:app unless another is named.\n");
     for (const Option& o : kOptions) {
-        const string letter = o.letter != 0 ? string("-") + o.letter + ", " : "    ";
-        const string meta = o.meta != nullptr ? string(" ") + o.meta : "";
-        const string value = o.get != nullptr && o.meta != nullptr ? o.get(defaults) : "";
-        std::printf("  %s--%s%s\n        %s%s\n", letter.c_str(), o.name, meta.c_str(), o.help,
+        const string usage = (o.text[1] == '-' ? "      " : "  ") + string(o.usage());
+        const string value = o.get != nullptr && o.takes_value() ? o.get(defaults) : "";
+        std::printf("%s\n        %s%s\n", usage.c_str(), o.help().data(),
                     value.empty() ? "" : (" [" + value + "]").c_str());
     }
 }
@@ -686,7 +699,8 @@ void print_help() {
 void print_config(const Config& config) {
     std::printf("%-25s = %s\n", "app", config.app.c_str());
     for (const Option& o : kOptions) {
-        if (o.get != nullptr) { std::printf("%-25s = %s\n", o.name, o.get(config).c_str()); }
+        const string name(o.name());
+        if (o.get != nullptr) { std::printf("%-25s = %s\n", name.c_str(), o.get(config).c_str()); }
     }
 }
 
@@ -1681,25 +1695,25 @@ string final_head(const Response& r, int minor, bool chunked) {
 
 /// The server's own answer; it echoes nothing of the request.
 Response error_response(int status, string& body) {
-    static constexpr string_view kLines[] = {"400 Bad Request",
-                                             "403 Forbidden",
-                                             "408 Request Timeout",
-                                             "413 Content Too Large",
-                                             "414 URI Too Long",
-                                             "417 Expectation Failed",
-                                             "431 Request Header Fields Too Large",
-                                             "500 Internal Server Error",
-                                             "501 Not Implemented",
-                                             "502 Bad Gateway",
-                                             "503 Service Unavailable",
-                                             "504 Gateway Timeout",
-                                             "505 HTTP Version Not Supported",
-                                             "507 Insufficient Storage"};
+    static constexpr string_view kLines =
+        "400 Bad Request\n"
+        "403 Forbidden\n"
+        "408 Request Timeout\n"
+        "413 Content Too Large\n"
+        "414 URI Too Long\n"
+        "417 Expectation Failed\n"
+        "431 Request Header Fields Too Large\n"
+        "500 Internal Server Error\n"
+        "501 Not Implemented\n"
+        "502 Bad Gateway\n"
+        "503 Service Unavailable\n"
+        "504 Gateway Timeout\n"
+        "505 HTTP Version Not Supported\n"
+        "507 Insufficient Storage\n";
+    string_view line = kLines.substr(kLines.find(to_string(status)));
     Response r;
     r.status = status;
-    for (const string_view line : kLines) {
-        if (line.substr(0, 3) == to_string(status)) { r.line = line; }
-    }
+    r.line = cut(line, '\n');
     body = r.line + "\n";
     r.fields = "Content-Type: text/plain\r\nContent-Length: " + to_string(body.size()) + "\r\n";
     if (status == 503) { r.fields += "Retry-After: 10\r\n"; }
@@ -2070,14 +2084,14 @@ struct Runner {
     Phase phase = Phase::Booting;
     pid_t pid = -1;
     std::vector<Slot> slots;
-    bool new_log = false;        // it has to be told where the error log is
-    Time kill_at = Time::max();  // when end_runner() is due, for one that should be gone
-    int signal = 0;              // the last signal that we sent it
-    bool dead = false;           // it has ended; what it still said is being read
-    int left = 0;                // requests until its successor is started; 0: no limit
-    Fd files;                    // with --reload: the list of the files that it has loaded,
-    std::vector<struct timespec> watched;  // and when these were modified
-    struct timespec started {};            // before it loaded any, on the clock of files
+    bool new_log = false;          // it has to be told where the error log is
+    Time kill_at = Time::max();    // when end_runner() is due, for one that should be gone
+    int signal = 0;                // the last signal that we sent it
+    bool dead = false;             // it has ended; what it still said is being read
+    int left = 0;                  // requests until its successor is started; 0: no limit
+    Fd files;                      // with --reload: the list of the files that it has loaded,
+    std::vector<int64_t> watched;  // and when these were modified
+    int64_t started = 0;           // before it loaded any, on the clock of files
 
     bool busy() const {
         return find(slots, [](const Slot& slot) { return slot.busy; }) != nullptr;
@@ -2158,7 +2172,7 @@ Error start_runner(const Config& config, Runner& runner, rlim_t files) {
         if (Error error = make_temp_file(config.worker_tmp_dir, runner.files)) { return error; }
         struct stat info {};
         ::fstat(runner.files.get(), &info);
-        runner.started = info.st_mtim;
+        runner.started = nanoseconds(info.st_mtim);
     }
     const int list = runner.files.get();
     Strings settings = {config.app, join(config.pythonpath), string("server/") + kVersion,
@@ -2567,10 +2581,7 @@ private:
 
     void set_state(Connection& c, State state) {
         const Time patience = config_.timeout > 0s ? now_ + config_.timeout : Time::max();
-        if (c.state == State::Ready && state != State::Ready) {
-            const auto at = find(ready_, [&c](Connection* each) { return each == &c; });
-            ready_.erase(ready_.begin() + (at - ready_.data()));
-        }
+        if (c.state == State::Ready && state != State::Ready) { ready_.remove(&c); }
         c.state = state;
         switch (state) {
             case State::ReadHead: c.deadline = now_ + config_.header_timeout; break;
@@ -2893,7 +2904,7 @@ private:
     void pass_on() {
         for (size_t tries = ready_.size(); tries > 0 && now_ >= pass_at(); --tries) {
             if (enqueue(*ready_.front()) || errno != EMSGSIZE) { continue; }
-            std::rotate(ready_.begin(), ready_.begin() + 1, ready_.end());
+            ready_.splice(ready_.end(), ready_, ready_.begin());
         }
     }
 
@@ -2912,7 +2923,7 @@ private:
     void take_from_queue() {
         const auto own = static_cast<std::ptrdiff_t>(ready_.size());
         for (size_t n = places(); n > 0 && takes_from_queue() && dequeue(); --n) {}
-        std::rotate(ready_.begin(), ready_.begin() + own, ready_.end());
+        ready_.splice(ready_.end(), ready_, ready_.begin(), std::next(ready_.begin(), own));
     }
 
     /// Takes one connection from the queue; false if there is none, or no room for it.
@@ -3087,7 +3098,7 @@ private:
             slot.ahead.pop_back();
             if (client == nullptr) { continue; }
             set_state(*client, State::Ready);
-            std::rotate(ready_.begin(), ready_.end() - 1, ready_.end());
+            ready_.splice(ready_.begin(), ready_, std::prev(ready_.end()));
         }
     }
 
@@ -3412,16 +3423,12 @@ private:
         if (runners_in(Phase::Serving) > 0) { return; }
         const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
         if (!booted_) { status_ = code == 3 || code >= 126 ? kWorkerBootError : kAppLoadError; }
-        const int delay = failures_ == 0 ? 0 : std::min(30, 1 << std::min(failures_ - 1, 5));
+        const seconds delay = backoff(failures_);
         if (++failures_ > 1) {
-            log(Level::Warning, "The next runner starts in " + to_string(delay) + " s");
+            log(Level::Warning, "The next runner starts in " + to_string(delay.count()) + " s");
         }
-        restart_at_ = now_ + seconds(delay);
+        restart_at_ = now_ + delay;
         next_tick_ = now_;
-    }
-
-    static bool later(const struct timespec& a, const struct timespec& b) {
-        return a.tv_sec != b.tv_sec ? a.tv_sec > b.tv_sec : a.tv_nsec > b.tv_nsec;
     }
 
     /// With --reload: wakes the arbiter if a file is another than the second before. The runner
@@ -3443,11 +3450,11 @@ private:
             struct stat info {};
             if (::stat(names[i].c_str(), &info) < 0) { continue; }  // an editor replaces it
             if (i >= serving->watched.size()) { serving->watched.resize(i + 1); }
-            struct timespec& modified = serving->watched[i];
-            const struct timespec before = std::exchange(modified, info.st_mtim);
-            const bool seen = before.tv_sec != 0, future = modified.tv_sec > std::time(nullptr);
-            const bool other = seen ? std::memcmp(&before, &modified, sizeof before) != 0
-                                    : later(modified, serving->started) && !future;
+            const int64_t modified = nanoseconds(info.st_mtim);
+            const int64_t before = std::exchange(serving->watched[i], modified);
+            const bool future = info.st_mtim.tv_sec > std::time(nullptr);
+            const bool other =
+                before != 0 ? modified != before : modified > serving->started && !future;
             if (other) { changed = names[i]; }
         }
         if (changed.empty()) { return; }
@@ -3481,7 +3488,7 @@ private:
     const rlim_t files_;
     std::list<Runner> runners_;                            // one serves; others boot or leave
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
-    std::vector<Connection*> ready_;                       // complete, waiting here for a runner
+    std::list<Connection*> ready_;                         // complete, waiting here for a runner
     int connected_ = 0, failures_ = 0, status_ = 0, max_fd_ = 0;
     size_t next_listener_ = 0, served_ = 0;  // the listener to begin with; requests
     uint64_t begun_ = 0, shown_ = 1;  // requests that went to the runner; what show_title() showed
@@ -3506,10 +3513,10 @@ private:
 // ============================================================================
 struct WorkerInfo {
     pid_t pid;
-    int generation;             // of the reload it belongs to
-    Fd tmp;                     // its heartbeat file
-    Time spawned, last_change;  // when, on our clock, we saw the heartbeat change
-    struct timespec last_update {};
+    int generation;              // of the reload it belongs to
+    Fd tmp;                      // its heartbeat file
+    Time spawned, last_change;   // when, on our clock, we saw the heartbeat change
+    int64_t last_update = 0;     // its ctime
     Time stop_by = Time::max();  // SIGKILL, once it has been told to stop
     bool booted = false, stopping = false, aborted = false;
 };
@@ -3694,10 +3701,8 @@ private:
         for (WorkerInfo& worker : workers_) {
             struct stat info {};
             ::fstat(worker.tmp.get(), &info);
-            if (std::memcmp(&info.st_ctim, &worker.last_update, sizeof info.st_ctim) != 0) {
-                worker.last_update = info.st_ctim;
-                worker.last_change = now_;
-            }
+            const int64_t ctime = nanoseconds(info.st_ctim);
+            if (std::exchange(worker.last_update, ctime) != ctime) { worker.last_change = now_; }
             if (worker.booted || (info.st_mode & 2) == 0) { continue; }
             worker.booted = ever_booted_ = true;
             if (worker.pid != canary_) { continue; }
@@ -3758,11 +3763,12 @@ private:
         }
         if (worker.stopping) { return; }
         failures_ = worker.booted && now_ > worker.spawned + 5s ? 0 : failures_ + 1;
-        const int delay = failures_ < 2 ? 0 : std::min(30, 1 << std::min(failures_ - 2, 5));
-        if (delay > 0) {
-            log(Level::Warning, "Workers fail: the next starts in " + to_string(delay) + " s");
+        const seconds delay = backoff(failures_ - 1);
+        if (delay > 0s) {
+            log(Level::Warning,
+                "Workers fail: the next starts in " + to_string(delay.count()) + " s");
         }
-        spawn_again_ = now_ + seconds(delay);
+        spawn_again_ = now_ + delay;
     }
 
     /// Makes the workers of the serving generation as many as wanted, and ends older ones once
