@@ -2233,6 +2233,7 @@ struct Connection {
     Fd socket;
     State state = State::ReadHead;
     Time deadline{};
+    std::list<Connection*>::iterator place;  // in Worker::ready_, while it is Ready
     Passport pass;
     Endpoints ends;
     string from;        // the socket's peer, whatever a PROXY header says
@@ -2581,13 +2582,13 @@ private:
 
     void set_state(Connection& c, State state) {
         const Time patience = config_.timeout > 0s ? now_ + config_.timeout : Time::max();
-        if (c.state == State::Ready && state != State::Ready) { ready_.remove(&c); }
+        if (c.state == State::Ready && state != State::Ready) { ready_.erase(c.place); }
         c.state = state;
         switch (state) {
             case State::ReadHead: c.deadline = now_ + config_.header_timeout; break;
             case State::Ready:
                 c.deadline = config_.timeout > 0s ? c.pass.started + config_.timeout : patience;
-                ready_.push_back(&c);
+                c.place = ready_.insert(ready_.end(), &c);
                 break;
             case State::ReadBody:
             case State::Reply: c.deadline = patience; break;
