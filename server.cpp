@@ -3074,6 +3074,7 @@ private:
         slot.busy = true;
         slot.answered = false;
         slot.since = last_begin_ = now_;
+        failures_ = 0;
         ++begun_;
         extend_deadline(slot);
     }
@@ -3254,7 +3255,6 @@ private:
         slot.answered = true;
         const auto took = std::max<Clock::duration>(now_ - slot.since, 1us);
         slot.ahead_limit = std::min(slot.to.size() - 1, static_cast<size_t>(kAhead / took));
-        if (good) { failures_ = 0; }
         Connection* c = std::exchange(slot.current, nullptr);
         if (c != nullptr && slot.out.size() > 0) { slot.request = c->request_line(); }
         feed_runner(slot);  // what lies ahead is the runner's before this client has its response
@@ -3417,8 +3417,9 @@ private:
         if (has_work() && !retired) { runner_failed(status); }
     }
 
-    /// Sees to it that another starts: at once, or later the more have failed in a row. The first
-    /// of all ends the worker instead.
+    /// Sees to it that another starts: at once, or later the more have ended in a row and none of
+    /// them with a request, which is what a client can bring about. The first of all ends the
+    /// worker instead.
     void runner_failed(int status) {
         restart_at_ = now_ + 1s;
         if (runners_in(Phase::Serving) > 0) { return; }

@@ -5037,20 +5037,34 @@ def trickle(environ, start_response):  # never silent for long: it is not hung
     CHECK(!contains(server.log(), "WORKER TIMEOUT"));
 }
 
-TEST_CASE("starts of a runner back off until a request is completed") {
-    Server server(kTools, {"-w", "1"});
-    CHECK(get(server, "/leave").status == 502);
-    CHECK(get(server, "/leave").status == 502);
-    CHECK(server.log_has("exited with status 7: GET /leave HTTP/1.1"));
-    CHECK(server.log_has("The next runner starts in 1 s"));
+TEST_CASE("a runner that ends over a request is replaced at once, however often one does") {
+    const Server server(kTools, {"-w", "1"});
     const Time start = Clock::now();
+    for (int i = 0; i < 6; ++i) { CHECK(get(server, "/leave").status == 502); }
     CHECK(get(server, "/hello").status == 200);
-    CHECK(seconds_since(start) > 0.7);
+    CHECK(seconds_since(start) < 10);  // with a back-off they would take 30
+    CHECK(server.log_has("exited with status 7: GET /leave HTTP/1.1"));
+    CHECK_MESSAGE(!contains(server.log(), "The next runner starts in"), server.log());
+}
+
+TEST_CASE("starts of a runner back off while they bring none that takes a request") {
+    const Server server("import os\nif os.path.exists('down'): os._exit(7)\n" + kTools,
+                        {"-w", "1"});
+    const string down = server.dir.path + "/down";
+    write_file(down, "");
+    CHECK(get(server, "/leave").status == 502);
+    const Time start = Clock::now();
+    CHECK(server.log_has("The next runner starts in 1 s"));
+    CHECK(server.log_has("The next runner starts in 2 s"));
+    CHECK(seconds_since(start) > 0.9);
+    CHECK(::unlink(down.c_str()) == 0);
+    CHECK(get(server, "/hello").status == 200);
+    CHECK(seconds_since(start) > 2.9);
     CHECK(get(server, "/leave").status == 502);
     const Time again = Clock::now();
     CHECK(get(server, "/hello").status == 200);
     CHECK(seconds_since(again) < 0.7);
-    CHECK_MESSAGE(count(server.log(), "The next runner starts in") == 1, server.log());
+    CHECK_MESSAGE(count(server.log(), "The next runner starts in") == 2, server.log());
 }
 
 TEST_CASE("requests in the ready queue survive the death of the worker that read them") {
