@@ -3302,7 +3302,7 @@ private:
         }
         if (runner.left > 0 && --runner.left == 0) { start_successor(runner); }
         if (runner.phase == Phase::Retired) { leave_if_idle(runner); }
-        look_ = ++served_ % 8 == 0 || !ready_.empty() || look_;
+        look_ = slot.ahead_limit == 0 || ++served_ % 8 == 0 || !ready_.empty() || look_;
     }
 
     /// The runner has had its --max-requests: another is started, and until that has loaded the

@@ -5067,6 +5067,41 @@ TEST_CASE("starts of a runner back off while they bring none that takes a reques
     CHECK_MESSAGE(count(server.log(), "The next runner starts in") == 2, server.log());
 }
 
+TEST_CASE(
+    "who comes first is served first: nobody who comes back at once gets ahead of the others") {
+    const Server server(kTools + R"py(
+def nap(environ, start_response):
+    time.sleep(float(environ["QUERY_STRING"]))
+    return reply(start_response, "rested")
+)py",
+                        {"-w", "2"});
+    REQUIRE(server.wait_ready_workers(2));
+    constexpr int kClients = 8, kRequests = 200;
+    std::list<Client> clients;
+    int served[kClients] = {}, all = 0;
+    vector<Client*> asking;
+    const auto ask = [&] {
+        clients.emplace_back(server).send(get_bytes(all % 3 == 0 ? "/nap?0.03" : "/nap?0.003"));
+        return &clients.back();
+    };
+    for (int i = 0; i < kClients; ++i) { asking.push_back(ask()); }
+    while (all < kRequests) {
+        vector<pollfd> waiting;
+        for (const Client* each : asking) { waiting.push_back({each->fd.get(), POLLIN, 0}); }
+        REQUIRE(::poll(waiting.data(), waiting.size(), 5000) > 0);
+        for (size_t i = 0; i < kClients; ++i) {
+            if (waiting[i].revents == 0) { continue; }
+            REQUIRE(Reply(asking[i]->read_all()).status == 200);
+            asking[i]->fd.reset();
+            asking[i] = ask();
+            ++served[i], ++all;
+        }
+    }
+    for (const int each : served) {
+        CHECK_MESSAGE(each >= kRequests / kClients - 5, "of 25: " << each);
+    }
+}
+
 TEST_CASE("requests in the ready queue survive the death of the worker that read them") {
     Server server(kTools, {"-w", "2"});
     REQUIRE(server.wait_ready_workers(2));
