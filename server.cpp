@@ -222,6 +222,24 @@ Error make_fifo(string dir, Pair& made, Fd& back) {
     return error;
 }
 
+/// The current directory by the name that the shell has for it: what a symbolic link in it points
+/// to may be another release by the time of a reload.
+string current_directory() {
+    struct stat here {
+    }, named{};
+    char path[PATH_MAX];
+    const char* shell = std::getenv("PWD");
+    const bool same = shell != nullptr && *shell == '/' && ::stat(shell, &named) == 0 &&
+                      ::stat(".", &here) == 0 && named.st_dev == here.st_dev &&
+                      named.st_ino == here.st_ino;
+    return same ? shell : ::getcwd(path, sizeof path) != nullptr ? path : "/";
+}
+
+/// A path as seen from a directory.
+string absolute(const string& directory, const string& path) {
+    return path.empty() ? directory : path.front() == '/' ? path : directory + "/" + path;
+}
+
 string temp_dir() {
     const char* dir = std::getenv("TMPDIR");
     return dir != nullptr && *dir != '\0' ? dir : "/tmp";
@@ -449,10 +467,11 @@ struct Config {
     int umask = 0;
     uid_t uid = 0;  // what --user and --group mean
     gid_t gid = 0;
-    int pipes = 8;         // of requests, in each slot
-    int inherited = 0;     // listening sockets from systemd, from descriptor 3 on
-    string notify_socket;  // of systemd
-    Strings argv;          // as it was started, and where, for an upgrade
+    int pipes = 8;              // of requests, in each slot
+    int inherited = 0;          // listening sockets from systemd, from descriptor 3 on
+    bool owns_sockets = false;  // or from an old master, whose duty it was to remove unix sockets
+    string notify_socket;       // of systemd
+    Strings argv;               // as it was started, and where, for an upgrade
     string directory;
     pid_t old_master = 0;   // that upgrades to this one
     char* title = nullptr;  // what ps shows
@@ -736,11 +755,13 @@ void log(Level level, const string& text) {
                                           "\n");
 }
 
-/// Opens a log file, or opens it again; "-" is a standard descriptor. An empty path: no log.
-Error open_log(const string& path, int standard, Fd& file) {
+/// Opens a log file, or opens it again; "-" is a standard descriptor. An empty path: no log. What
+/// root opens for --user must be no symbolic link, or that user could lead it to a file of root's.
+Error open_log(const Config& config, const string& path, int standard, Fd& file) {
     if (path.empty()) { return {}; }
-    Fd fd(path == "-" ? ::fcntl(standard, F_DUPFD_CLOEXEC, 0)
-                      : ::open(path.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666));
+    const bool strict = ::geteuid() == 0 && config.uid != 0 && path.substr(0, 5) != "/dev/";
+    const int flags = O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | (strict ? O_NOFOLLOW : 0);
+    Fd fd(path == "-" ? ::fcntl(standard, F_DUPFD_CLOEXEC, 0) : ::open(path.c_str(), flags, 0666));
     if (!fd) { return os_error("cannot open the log " + path); }
     file = raise_fd(std::move(fd));
     return {};
@@ -748,19 +769,20 @@ Error open_log(const string& path, int standard, Fd& file) {
 
 Error open_logs(const Config& config) {
     g_log.level = config.loglevel;
-    const Error error = open_log(config.errorlog, STDERR_FILENO, g_log.error_file);
-    return error ? error : open_log(config.accesslog, STDOUT_FILENO, g_log.access_file);
+    const Error error = open_log(config, config.errorlog, STDERR_FILENO, g_log.error_file);
+    return error ? error : open_log(config, config.accesslog, STDOUT_FILENO, g_log.access_file);
 }
 
 void add_variable(string& block, string_view name, string_view value) {
     (((block += name) += '\0') += value) += '\0';
 }
 
-/// The value of a name in an environ block, NAME NUL value NUL …; data() is null if it has none.
+/// The value of a name, in either case, in an environ block, NAME NUL value NUL …; data() is null
+/// if it has none.
 string_view lookup(string_view block, string_view name) {
     while (!block.empty()) {
         const string_view key = cut(block, '\0'), value = cut(block, '\0');
-        if (key == name) { return value; }
+        if (same_name(key, name)) { return value; }
     }
     return {};
 }
@@ -846,14 +868,16 @@ string access_atom(string_view name, const Access& a) {
     }
 }
 
-/// A line of `format` with its %(atom)s replaced; other text stays as it is.
+/// A line of `format` with its %(atom)s, or %(atom)d, replaced, and %% by %.
 string access_line(string_view format, const Access& access) {
     string line;
     while (!format.empty()) {
-        const size_t end = format.substr(0, 2) == "%(" ? format.find(")s") : string::npos;
-        line += end == string::npos ? string(1, format.front())
-                                    : access_atom(format.substr(2, end - 2), access);
-        format.remove_prefix(end == string::npos ? 1 : end + 2);
+        const string_view start = format.substr(0, 2);
+        const size_t end = start == "%(" ? format.find(')') : string::npos;
+        const string_view type = format.substr(end == string::npos ? format.size() : end + 1, 1);
+        const bool atom = type == "s" || type == "d";
+        line += atom ? access_atom(format.substr(2, end - 2), access) : string(1, format.front());
+        format.remove_prefix(atom ? end + 2 : start == "%%" ? 2 : 1);
     }
     return line + "\n";
 }
@@ -910,9 +934,12 @@ void address_text(const sockaddr_storage& address, string& host, string& port) {
     const auto& v4 = reinterpret_cast<const sockaddr_in&>(address);
     const auto& v6 = reinterpret_cast<const sockaddr_in6&>(address);
     const bool is_v6 = address.ss_family == AF_INET6;
+    const bool mapped = is_v6 && IN6_IS_ADDR_V4MAPPED(&v6.sin6_addr);  // ::ffff:127.0.0.1
     if (!is_v6 && address.ss_family != AF_INET) { return; }
-    const void* number = is_v6 ? static_cast<const void*>(&v6.sin6_addr) : &v4.sin_addr;
-    host = ::inet_ntop(address.ss_family, number, text, sizeof text);
+    const void* number = mapped  ? v6.sin6_addr.s6_addr + 12
+                         : is_v6 ? static_cast<const void*>(&v6.sin6_addr)
+                                 : &v4.sin_addr;
+    host = ::inet_ntop(is_v6 && !mapped ? AF_INET6 : AF_INET, number, text, sizeof text);
     port = to_string(ntohs(is_v6 ? v6.sin6_port : v4.sin_port));
 }
 
@@ -928,7 +955,7 @@ Error describe(Fd fd, Listener& made) {
     int listening = 0;
     socklen_t size = sizeof listening;
     if (::getsockopt(fd.get(), SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) < 0 || !listening) {
-        return {1, "descriptor " + to_string(fd.get()) + " is no listening socket"};
+        return {1, "descriptor " + to_string(fd.release()) + " is no listening socket"};
     }
     const sockaddr_storage name = socket_name(fd.get());
     const bool v6 = name.ss_family == AF_INET6;
@@ -961,7 +988,8 @@ Error clear_path(const string& path, const sockaddr_un& name) {
     set_flags(probe.get(), true);
     if (::connect(probe.get(), reinterpret_cast<const sockaddr*>(&name), sizeof name) == 0 ||
         errno != ECONNREFUSED) {
-        return {1, "cannot listen on unix:" + path + ": another server does"};
+        errno = EADDRINUSE;
+        return os_error("cannot listen on unix:" + path);
     }
     ::unlink(path.c_str());
     return {};
@@ -1072,11 +1100,13 @@ Error drop_privileges(const Config& config) {
     return good ? Error{} : os_error("cannot become the user of --user");
 }
 
-/// Gives a file that root made to the user of the workers.
+/// Gives a file that root made to the user of the workers; one with a second name may be another's.
 void give_away(const Config& config, const Fd& file) {
     struct stat info {};
     const bool regular = ::fstat(file.get(), &info) == 0 && S_ISREG(info.st_mode);
-    if (regular && ::geteuid() == 0) { (void)!::fchown(file.get(), config.uid, config.gid); }
+    if (regular && info.st_nlink <= 1 && ::geteuid() == 0) {
+        (void)!::fchown(file.get(), config.uid, config.gid);
+    }
 }
 
 /// Opens the logs as the arbiter does: as root, for the user of the workers.
@@ -1103,11 +1133,15 @@ string own_pidfile(const Config& config) {
                                                             : config.pidfile;
 }
 
-/// Refuses a pid file with the number of a live process in it.
+/// Refuses a pid file with the number of a live process in it, or where none can be written.
 Error check_pidfile(const string& path) {
-    const pid_t pid = path.empty() ? 0 : read_pidfile(path);
+    if (path.empty()) { return {}; }
+    const pid_t pid = read_pidfile(path);
     const bool alive = pid > 0 && pid != ::getpid() && (::kill(pid, 0) == 0 || errno == EPERM);
-    return alive ? Error{1, path + " names process " + to_string(pid) + ", which runs"} : Error{};
+    if (alive) { return {1, path + " names process " + to_string(pid) + ", which runs"}; }
+    Fd probe;
+    const string directory = path.substr(0, path.rfind('/') + 1) + ".";
+    return make_temp_file(directory, probe) ? os_error("cannot write " + path) : Error{};
 }
 
 /// Writes our number as a whole: nobody ever reads half of it.
@@ -1507,13 +1541,12 @@ bool is_listed(string_view list, const string& address) {
         const string_view entry = trim(cut(list, ','));
         if (entry == "*") { return true; }
         if (!parse_network(entry, listed) || wanted.v6 != listed.v6) { continue; }
-        const size_t bytes = static_cast<size_t>(listed.bits / 8);
-        const int rest = static_cast<int>(listed.bits % 8);
-        const bool same = std::memcmp(wanted.address, listed.address, bytes) == 0;
-        if (same &&
-            (rest == 0 || (wanted.address[bytes] ^ listed.address[bytes]) >> (8 - rest) == 0)) {
-            return true;
-        }
+        const auto bit = [](const Network& network, int64_t i) {
+            return network.address[i / 8] >> (7 - i % 8) & 1;
+        };
+        int64_t same = 0;
+        while (same < listed.bits && bit(wanted, same) == bit(listed, same)) { ++same; }
+        if (same == listed.bits) { return true; }
     }
     return false;
 }
@@ -1540,8 +1573,9 @@ Parse take_proxy_v1(string_view& in, Endpoints& ends) {
         const bool plain = address.find('/') == string::npos;
         if (!plain || !parse_network(address, network) || network.v6 != v6) { return Parse::Bad; }
     }
-    if (!parse_number(line, number) || number > 65535) { return Parse::Bad; }
-    if (!parse_number(port, number) || number > 65535) { return Parse::Bad; }
+    for (const string_view text : {line, port}) {
+        if (!parse_number(text, number) || number > 65535) { return Parse::Bad; }
+    }
     ends.peer = peer;
     ends.peer_port = to_string(number);
     return v6 || protocol == "TCP4" ? Parse::Done : Parse::Bad;
@@ -1729,6 +1763,7 @@ Response error_response(int status, string& body) {
 //  runner → worker   0:,     once: the application is loaded
 //                    N:Status: 200 OK\nName: value\n\n…,  N:more body,  …  0:,  a response (CGI)
 //                    0:!     instead of 0:, where it failed; without a head the worker says 500
+//                    0:;     before 0:, where the client has all, but the runner is not free yet
 //
 //  N is the number of bytes up to the comma; an empty len means that the client sent none. Any
 //  program that speaks this on its standard input and output is a runner.
@@ -1819,17 +1854,18 @@ class Slot:
         self.turn = 0       # the pipe of the present request
         self.pending = b""  # read from it and not used
         self.left = 0       # bytes of the body that the application has not read
-        self.gone = False   # the client has
 
     def write(self, parts):
-        if not parts:
-            return
         if len(parts) > 1000:  # more than writev() takes
             parts = [b"".join(parts)]
-        sent, size = os.writev(self.replies, parts), sum(map(len, parts))
-        data = memoryview(b"".join(parts)) if sent < size else b""
-        while sent < size:
-            sent += os.write(self.replies, data[sent:])
+        try:
+            sent, size = os.writev(self.replies, parts), sum(map(len, parts))
+            data = memoryview(b"".join(parts)) if sent < size else b""
+            while sent < size:
+                sent += os.write(self.replies, data[sent:])
+        except BaseException:  # a signal handler's: nothing can follow half a frame
+            report()
+            os._exit(1)
 
     def more(self):
         data = os.read(self.requests[self.turn], 65536)
@@ -1856,12 +1892,9 @@ class Slot:
         return data
 
     def client_gone(self):
-        if not self.gone and not self.left:
-            if not self.pending and select.select([self.requests[self.turn]], [], [], 0)[0]:
-                self.more()
-            if self.pending.startswith(b"0:,"):
-                self.pending, self.gone = self.pending[3:], True
-        return self.gone
+        if not self.left and select.select([self.requests[self.turn]], [], [], 0)[0]:
+            self.more()
+        return not self.left and self.pending == b"0:,"
 
     def serve(self, base):
         try:
@@ -1872,16 +1905,13 @@ class Slot:
 
     def serve_one(self, base):
         block = self.netstring()
-        if b"\0" not in block:
-            if block:
-                reopen(block)
-            return  # else it is "the client has gone", too late
+        if b"\0" not in block:  # empty: "the client has gone", too late
+            return block and reopen(block)
         words = iter(block.decode("latin-1").split("\0"))
         environ = base.copy()
         environ.update(zip(words, words))
-        self.left, self.gone, response = int(environ["CONTENT_LENGTH"] or 0), False, Response(self)
-        if not environ["CONTENT_LENGTH"]:
-            del environ["CONTENT_LENGTH"]
+        length = environ["CONTENT_LENGTH"] or environ.pop("CONTENT_LENGTH")  # where none was sent
+        self.left, response = int(length or 0), Response(self)
         if self.left <= len(self.pending):
             environ["wsgi.input"] = io.BytesIO(self.take(self.left) if self.left else b"")
         else:
@@ -1894,35 +1924,37 @@ class Slot:
     def end(self, response, parts, mark):
         """The last of a response. Once the mark is out the worker fills the pipes again."""
         while self.left:
-            self.write(parts)
-            parts = []
             self.take(65536)
         response.slot = None
         self.write(parts + [mark])
 
     def answer(self, environ, response):
-        items = None
+        items, parts, mark = None, [], b"0:,"
         try:
             items = self.app(environ, response.start_response)
             if isinstance(items, (list, tuple)):  # all is there: one write
-                self.end(response, response.frame(items), b"0:,")
+                parts = response.frame(items)
             else:
                 for item in items:
                     if self.client_gone():
                         break
                     response.write(item)
-                self.end(response, [] if response.started else response.frame([]), b"0:,")
+                parts = [] if response.started else response.frame([])
+            if hasattr(items, "close"):  # for which the client need not wait
+                self.end(response, parts, b"0:;")
+                parts = []
         except Gone:
             raise
         except self.failures:
             report()
-            self.end(response, [], b"0:!")
+            parts, mark = [], b"0:!"
         finally:
             try:
                 if hasattr(items, "close"):
                     items.close()
             except Exception:
                 report()
+        self.end(response, parts, mark)
 
 def list_files(list_fd, told):
     """With --reload: the files that modules come from, each once."""
@@ -1934,7 +1966,10 @@ def list_files(list_fd, told):
 
 def report():
     import traceback  # which takes its time, and is hardly ever wanted
-    os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
+    try:
+        os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
+    except OSError:  # a full disk
+        pass
 
 def reopen(path):
     """Moves what is printed to the new error log."""
@@ -2002,7 +2037,7 @@ string netstring(string_view payload, string_view rest = "") {
 /// Tells what the frames of a runner mean, piece by piece, however the bytes arrive.
 class NetstringReader {
 public:
-    enum class Event { NeedMore, Piece, End, Failed, Bad };
+    enum class Event { NeedMore, Piece, Whole, End, Failed, Bad };
 
     /// Takes from the front of `in`. Piece: part of a payload, perhaps not all of it.
     Event next(string_view& in, string_view& piece) {
@@ -2015,6 +2050,7 @@ public:
             if (std::exchange(in_payload_, false)) {
                 const bool empty = std::exchange(size_, 0) == 0;
                 if (empty && c == '!') { return Event::Failed; }
+                if (empty && c == ';') { return Event::Whole; }
                 if (c != ',') { return Event::Bad; }
                 if (empty) { return Event::End; }
             } else if (c == ':' && digits_ > 0) {
@@ -2135,6 +2171,7 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
                               pid_t worker, rlim_t files) {
     for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
     ::setpgid(0, 0);  // Ctrl-C is for the server; and what the application forks can be ended too
+    set_signals({SIGTTOU}, SIG_IGN);  // it prints to the terminal, in the background though it is
     for (const Fd& end : ends) {
         ::fcntl(end.get(), F_SETFD, config.runner.empty() ? 0 : FD_CLOEXEC);
     }
@@ -2399,7 +2436,17 @@ private:
         if (Error error = open_logs(config_)) { return log(Level::Error, error.text); }
         for (Runner& runner : runners_) {
             runner.new_log = config_.errorlog != "-" && config_.runner.empty();
+            tell_log(runner);
         }
+    }
+
+    /// Tells a runner where the error log is, as soon as it would read that.
+    void tell_log(Runner& runner) {
+        Slot& slot = runner.slots[0];
+        if (!runner.new_log || slot.busy || runner.phase != Phase::Serving) { return; }
+        runner.new_log = false;
+        slot.out.append(netstring(config_.errorlog), kReplyMemory);
+        feed_runner(slot);
     }
 
     /// Unless it is now, what has been accepted is served, and what waits in the backlog accepted.
@@ -2466,9 +2513,7 @@ private:
     /// What ps tells of this process while it sleeps; query strings are nobody's business.
     void show_title() {
         const Slot* busy = nullptr;
-        for (const Runner& runner : runners_) {
-            for (const Slot& slot : runner.slots) { busy = slot.busy ? &slot : busy; }
-        }
+        each_slot([&](const Slot& slot) { busy = slot.busy ? &slot : busy; });
         const uint64_t state = 2 * begun_ + (busy != nullptr ? 1 : 0);
         if (!booted_ || std::exchange(shown_, state) == state) { return; }
         if (busy == nullptr) { return set_title(config_, "worker", "idle"); }
@@ -2834,7 +2879,8 @@ private:
     }
 
     /// All has been sent. A close with bytes unread would reset the connection, and might take the
-    /// response with it: then half-close, and read on (RFC 9112 section 9.6).
+    /// response with it: then half-close, and read on (RFC 9112 section 9.6). The half-close comes
+    /// first in any case, for with kMore the last bytes leave only then.
     void finish(Connection& c) {
         write_access(c, c.response.status);
         if (c.broken && !c.chunked && c.left < 0 && !c.pass.bodyless) {
@@ -2842,8 +2888,11 @@ private:
             ::setsockopt(c.socket.get(), SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
             return set_state(c, State::Done);
         }
-        if (!c.pass.more || c.pass.eof) { return set_state(c, State::Done); }
+        if (c.pass.eof) { return set_state(c, State::Done); }
+        char byte;
         ::shutdown(c.socket.get(), SHUT_WR);
+        c.pass.more = c.pass.more || ::recv(c.socket.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0;
+        if (!c.pass.more) { return set_state(c, State::Done); }
         c.pass.started = now_;
         set_state(c, State::Linger);
     }
@@ -3052,7 +3101,7 @@ private:
         const string_view body = c.body.newest();
         const size_t size = head.size() + body.size();
         const size_t pipe = slot.index + (slot.busy ? slot.ahead.size() + 1 : 0);
-        const bool fits = c.body.stored() == 0 && size <= slot.ahead_bytes && !slot.runner->new_log;
+        const bool fits = c.body.stored() == 0 && size <= slot.ahead_bytes;
         const bool sent = fits && write_both(slot.to[pipe % slot.to.size()], head, body) > 0;
         if (slot.busy && !sent) { return false; }
         set_state(c, State::Run);
@@ -3060,8 +3109,6 @@ private:
         if (!sent) {
             slot.out = std::exchange(c.body, Spool());
             slot.out.prepend(head);
-            const bool tell = std::exchange(slot.runner->new_log, false);
-            if (tell) { slot.out.prepend(netstring(config_.errorlog)); }
         }
         begin_request(slot, &c);
         feed_runner(slot);
@@ -3129,7 +3176,7 @@ private:
         const ssize_t n = read_some(slot.from, replies_, sizeof replies_);
         if (n < 0 && would_block()) { return false; }
         if (n <= 0) { return lose_slot(slot), false; }
-        if (slot.busy) { extend_deadline(slot); }
+        if (slot.current != nullptr) { extend_deadline(slot); }
         string_view in(replies_, static_cast<size_t>(n)), piece;
         for (Event event; (event = slot.reader.next(in, piece)) != Event::NeedMore;) {
             const bool last = event == Event::End || event == Event::Failed;
@@ -3140,7 +3187,8 @@ private:
                 lose_slot(slot);
                 return end_runner(*slot.runner), false;
             }
-            if (last) { end_reply(slot, event == Event::End); }
+            if (event == Event::Whole) { end_reply(slot, true); }
+            if (last) { end_turn(slot, event == Event::End); }
             if (event == Event::Piece && slot.current != nullptr) { take_reply(slot, piece); }
         }
         Connection* c = slot.current;
@@ -3242,6 +3290,7 @@ private:
             leave_if_idle(old);
         }
         runner.phase = Phase::Serving;
+        tell_log(runner);
         if (!std::exchange(booted_, true)) {
             notify();
             (void)write_some(arbiter_, string_view("", 1));
@@ -3250,13 +3299,19 @@ private:
     }
 
     /// The runner has said all it has to say about this request, or that it is ready.
-    void end_reply(Slot& slot, bool good) {
+    void end_turn(Slot& slot, bool good) {
         if (slot.runner->phase == Phase::Booting) { return runner_ready(*slot.runner); }
         slot.answered = true;
         const auto took = std::max<Clock::duration>(now_ - slot.since, 1us);
         slot.ahead_limit = std::min(slot.to.size() - 1, static_cast<size_t>(kAhead / took));
+        end_reply(slot, good);
+    }
+
+    /// The response is whole, or has failed; the runner may be at close() still.
+    void end_reply(Slot& slot, bool good) {
         Connection* c = std::exchange(slot.current, nullptr);
-        if (c != nullptr && slot.out.size() > 0) { slot.request = c->request_line(); }
+        const bool busy = !slot.answered || slot.out.size() > 0;  // the slot, with this request
+        if (c != nullptr && busy) { slot.request = c->request_line(); }
         feed_runner(slot);  // what lies ahead is the runner's before this client has its response
         if (c == nullptr) { return; }
         const bool cut = good && c->left > 0;
@@ -3299,6 +3354,7 @@ private:
         } else {
             slot.busy = false;
             slot.deadline = Time::max();
+            tell_log(runner);
         }
         if (runner.left > 0 && --runner.left == 0) { start_successor(runner); }
         if (runner.phase == Phase::Retired) { leave_if_idle(runner); }
@@ -3636,6 +3692,8 @@ private:
         }
         ::setenv("LISTEN_FDS", to_string(count).c_str(), 1);
         ::setenv("LISTEN_PID", to_string(::getpid()).c_str(), 1);
+        const bool owner = find(listeners_, [](const Listener& l) { return !l.path.empty(); });
+        ::setenv("LISTEN_FDNAMES", owner ? "owned" : "", 1);
         ::setenv("SERVER_UPGRADE", to_string(::getppid()).c_str(), 1);
         if (!config_.notify_socket.empty()) {
             ::setenv("NOTIFY_SOCKET", config_.notify_socket.c_str(), 1);
@@ -3681,7 +3739,7 @@ private:
 
     /// Reload: one worker of a new generation, the canary. When it is ready the rest follow, and
     /// then the old ones go (read_heartbeats, manage_workers); if it fails they stay (worker_lost).
-    /// The logs are opened again, too.
+    /// The logs are opened again, too, and the directory is what its name stands for now.
     void handle_hup() {
         log(Level::Info, "Hang up: Master");
         const auto now = std::chrono::duration_cast<microseconds>(now_.time_since_epoch());
@@ -3689,6 +3747,9 @@ private:
         reload_at_ = Time::max();
         tell_ready_ = true;
         paused_ = false;
+        if (::chdir(config_.chdir.c_str()) < 0) {
+            log(Level::Error, os_error("cannot change to " + config_.chdir).text);
+        }
         if (Error error = open_own_logs(config_)) { log(Level::Error, error.text); }
         for (WorkerInfo& worker : workers_) {
             if (worker.pid == canary_) { stop_worker(worker, SIGTERM); }
@@ -3763,7 +3824,7 @@ private:
             canary_ = -1;
             return log(Level::Error, "Reload failed: the old workers go on");
         }
-        if (worker.stopping) { return; }
+        if (worker.stopping || now_ < spawn_again_) { return; }  // one of several at a time counts
         failures_ = worker.booted && now_ > worker.spawned + 5s ? 0 : failures_ + 1;
         const seconds delay = backoff(failures_ - 1);
         if (delay > 0s) {
@@ -3774,7 +3835,7 @@ private:
     }
 
     /// Makes the workers of the serving generation as many as wanted, and ends older ones once
-    /// all of these are ready.
+    /// all of these are ready. Of too many, those go first that are not ready.
     void manage_workers() {
         if (stopping_) { return; }
         const int wanted = paused_ ? 0 : num_workers_;
@@ -3791,10 +3852,12 @@ private:
         while (alive < wanted && now_ >= spawn_again_ && spawn_worker(generation_) > 0) { ++alive; }
         for (WorkerInfo& worker : workers_) {  // the oldest first
             const bool old = worker.generation < generation_ && ready >= wanted;
-            const bool surplus = worker.generation == generation_ && alive > wanted;
+            const bool surplus = worker.generation == generation_ && alive > wanted &&
+                                 (!worker.booted || ready > wanted);
             if (worker.stopping || !(old || surplus)) { continue; }
             stop_worker(worker, paused_ ? SIGUSR2 : SIGTERM);  // nobody else would empty the queue
             alive -= surplus ? 1 : 0;
+            ready -= surplus && worker.booted ? 1 : 0;
         }
     }
 
@@ -3851,9 +3914,8 @@ Error apply(Config& config, rlim_t& files) {
     if (config.threads > 1 && !config.runner.empty()) {
         return {1, "--threads is for Python: a --runner has one pair of pipes"};
     }
-    if (!config.chdir.empty() && ::chdir(config.chdir.c_str()) < 0) {
-        return os_error("cannot change to " + config.chdir);
-    }
+    config.chdir = absolute(config.directory, config.chdir);
+    if (::chdir(config.chdir.c_str()) < 0) { return os_error("cannot change to " + config.chdir); }
     const auto variable = [](const char* name) {
         const char* value = std::getenv(name);
         return string(value != nullptr ? value : "");
@@ -3866,6 +3928,7 @@ Error apply(Config& config, rlim_t& files) {
         config.inherited = static_cast<int>(std::min<int64_t>(inherited, FD_SETSIZE / 2));
     }
     if (variable("SERVER_UPGRADE") == to_string(::getppid())) { config.old_master = ::getppid(); }
+    config.owns_sockets = config.old_master > 0 && variable("LISTEN_FDNAMES") == "owned";
     for (const char* name : {"SERVER_UPGRADE", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
                              "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
         ::unsetenv(name);  // what is between systemd and this server
@@ -3895,11 +3958,11 @@ Error apply(Config& config, rlim_t& files) {
     Fd probe;
     if (Error error = make_temp_file(config.worker_tmp_dir, probe)) { return error; }
     if (Error error = resolve_user(config)) { return error; }
-    if (Error error = check_pidfile(own_pidfile(config))) { return error; }
-    char cwd[PATH_MAX] = ".";
-    const bool relative = config.errorlog != "-" && config.errorlog.substr(0, 1) != "/";
-    if (relative && !config.errorlog.empty() && ::getcwd(cwd, sizeof cwd) != nullptr) {
-        config.errorlog = cwd + ("/" + config.errorlog);  // the application may change directories
+    const string pidfile = config.check_config ? "" : own_pidfile(config);
+    if (Error error = check_pidfile(pidfile)) { return error; }
+    if (config.errorlog.empty()) { config.errorlog = "-"; }
+    if (config.errorlog != "-") {  // the application, which opens it again, may change directories
+        config.errorlog = absolute(config.chdir, config.errorlog);
     }
     if (Error error = open_own_logs(config)) { return error; }
     if (config.worker_connections > most) {
@@ -3938,14 +4001,17 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
     for (int fd = 3; fd < 3 + config.inherited; ++fd) {
         Listener& made = listeners.emplace_back();
         if (Error error = describe(Fd(fd), made)) { return error; }
-        for (const Address& address : addresses) {  // of the old master, which passes the duty on
-            const bool same = !address.path.empty() && made.text == "unix:" + address.path;
-            if (config.old_master > 0 && same) { own_path(made); }
-        }
+        if (config.owns_sockets) { own_path(made); }
     }
     for (const Address& address : addresses) {
         if (config.check_config || config.inherited > 0) { break; }
-        if (Error error = bind_address(address, config, listeners.emplace_back())) { return error; }
+        Listener& made = listeners.emplace_back();
+        Error error = bind_address(address, config, made);
+        for (int tries = 0; error && errno == EADDRINUSE && tries < 4; ++tries) {
+            ::usleep(500000);  // the workers of a master that was killed go within a second
+            error = bind_address(address, config, made);
+        }
+        if (error) { return error; }
     }
     return {};
 }
@@ -3961,8 +4027,7 @@ int main(int argc, char** argv) {
     set_signals({SIGPIPE, SIGXFSZ}, SIG_IGN);
     g_log.error_file.reset(::fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3));
     Config config;
-    char directory[PATH_MAX];
-    config.directory = ::getcwd(directory, sizeof directory) != nullptr ? directory : "/";
+    config.directory = current_directory();
     config.argv = Strings(argv, argv + argc);
     std::vector<Listener> listeners;
     rlim_t files = 0;

@@ -102,6 +102,7 @@ string read_frames(string_view bytes, size_t step) {
             if (event == NetstringReader::Event::Piece) { events += piece; }
             if (event == NetstringReader::Event::End) { events += "<end>"; }
             if (event == NetstringReader::Event::Failed) { events += "<failed>"; }
+            if (event == NetstringReader::Event::Whole) { events += "<whole>"; }
         }
     }
     return events;
@@ -154,6 +155,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, size_t size) {
 
 #include <dirent.h>
 #include <poll.h>
+#include <termios.h>
 
 #include <functional>
 #include <map>
@@ -272,7 +274,7 @@ struct Server {
         if (!has("app")) { words.emplace_back("app:app"); }
         pid = ::fork();
         if (pid == 0) {
-            ::setpgid(0, 0);
+            ::setsid();
             ::putenv(mark.data());
             for (string& pair : env) { ::putenv(pair.data()); }
             const int out =
@@ -508,6 +510,12 @@ Reply get(const Server& server, const string& target = "/", std::chrono::millise
 Reply post(const Server& server, const string& target, const string& body) {
     return request(server.port(), "POST " + target + " HTTP/1.1\r\nHost: x\r\nContent-Length: " +
                                       to_string(body.size()) + "\r\n\r\n" + body);
+}
+
+Reply request_unix(const string& path, const string& bytes) {
+    Client client(path);
+    client.send(bytes);
+    return Reply(client.read_all());
 }
 
 /// Says hello; most tests of the server itself need no more.
@@ -1947,6 +1955,8 @@ TEST_CASE("frames of a runner are read whole or byte by byte") {
         {"frames", "2:he,3:llo,0:,", "hello<end>"},
         {"two responses", "1:a,0:,1:b,0:,", "a<end>b<end>"},
         {"a failure", "0:!", "<failed>"},
+        {"a response, and the end", "1:a,0:;0:,", "a<whole><end>"},
+        {"a mark after a payload", "1:a;", "a<bad>"},
         {"a failure midway, and another response", "1:a,0:!1:b,0:,", "a<failed>b<end>"},
         {"a payload that looks like frames", "6:0:,0:!,0:,", "0:,0:!<end>"},
         {"any bytes in a payload", "4:\0\n\xff,,0:,"s, "\0\n\xff,<end>"s},
@@ -1987,6 +1997,7 @@ TEST_CASE("frames of a runner are read whole or byte by byte") {
                     if (event == Event::Piece) { events += piece; }
                     events += event == Event::End      ? "<end>"
                               : event == Event::Failed ? "<failed>"
+                              : event == Event::Whole  ? "<whole>"
                               : bad                    ? "<bad>"
                                                        : "";
                 }
@@ -2019,13 +2030,14 @@ TEST_CASE("escape makes every byte of a client harmless in a log") {
 }
 
 TEST_CASE("lookup finds a name, never a value, in an environ block") {
-    const string block = "A\0B\0B\0b\0EMPTY\0\0PATH\0/x\0"s;
+    const string block = "A\0v\0v\0B\0EMPTY\0\0PATH\0/x\0"s;
     const Exact exact(block);
-    CHECK(lookup(exact.view(), "A") == "B");
-    CHECK(lookup(exact.view(), "B") == "b");
+    CHECK(lookup(exact.view(), "A") == "v");
+    CHECK(lookup(exact.view(), "a") == "v");
+    CHECK(lookup(exact.view(), "v") == "B");
     CHECK(lookup(exact.view(), "EMPTY") == "");
     CHECK(lookup(exact.view(), "PATH") == "/x");
-    CHECK(lookup(exact.view(), "b") == "");
+    CHECK(lookup(exact.view(), "B") == "");
     CHECK(lookup(exact.view(), "PAT") == "");
     CHECK(lookup(exact.view(), "/x") == "");
     CHECK(lookup("", "A") == "");
@@ -2118,6 +2130,11 @@ TEST_CASE("every atom of the access log has its value, or a dash") {
         {"%({missing}o)s", "-", "-"},
         {"%({REQUEST_METHOD}e)s", "PUT", "-"},
         {"%({MISSING}e)s", "-", "-"},
+        {"%({request_method}e)s", "PUT", "-"},
+        {"%(s)d", "201", "400"},
+        {"%(s)x", "%(s)x", "%(s)x"},
+        {"%(x) and %(s)s", "%(x) and 201", "%(x) and 400"},
+        {"100%%(s)s%", "100%(s)s%", "100%(s)s%"},
         {"%(z)s", "-", "-"},
         {"%()s", "-", "-"},
         {"%({}i)s", "-", "-"},
@@ -2145,6 +2162,25 @@ TEST_CASE("every atom of the access log has its value, or a dash") {
     CHECK(access_line(Config{}.access_log_format, full) ==
           "10.0.0.9 - user " + access_line("%(t)s", full).substr(0, before.size() - 1) +
               " \"PUT /a%20b?q=1 HTTP/1.1\" 201 1234 \"http://r/\" \"curl\"\n");
+}
+
+TEST_CASE("an address that IPv6 only wraps is shown as what it is") {
+    const auto shown = [](int family, const char* text) {
+        sockaddr_storage address{};
+        auto& v4 = reinterpret_cast<sockaddr_in&>(address);
+        auto& v6 = reinterpret_cast<sockaddr_in6&>(address);
+        address.ss_family = static_cast<sa_family_t>(family);
+        (family == AF_INET ? v4.sin_port : v6.sin6_port) = htons(80);
+        void* number = family == AF_INET ? static_cast<void*>(&v4.sin_addr) : &v6.sin6_addr;
+        REQUIRE(::inet_pton(family, text, number) == 1);
+        string host, port;
+        address_text(address, host, port);
+        return host + " " + port;
+    };
+    CHECK(shown(AF_INET, "10.0.0.9") == "10.0.0.9 80");
+    CHECK(shown(AF_INET6, "::ffff:10.0.0.9") == "10.0.0.9 80");
+    CHECK(shown(AF_INET6, "fe80::1") == "fe80::1 80");
+    CHECK(shown(AF_INET6, "::10.0.0.9") == "::10.0.0.9 80");
 }
 
 TEST_CASE("nothing that a client sent can break a line of the access log") {
@@ -3180,6 +3216,21 @@ TEST_CASE("pipelined bytes are read and dropped") {
     CHECK_FALSE(contains(server.log(), "app saw '/second'"));
 }
 
+TEST_CASE("bytes that come while a response ends do not cost the client that response") {
+    const Server server(kHello, {"-w", "1"});
+    Random random;
+    int good = 0;
+    for (int i = 0; i < 1000; ++i) {
+        Client client(server);
+        client.send(http("GET /"));
+        const Time until = Clock::now() + microseconds(random.below(300));
+        while (Clock::now() < until) {}
+        client.send("\r\n");
+        good += Reply(client.read_all()).body == "hello\n" ? 1 : 0;
+    }
+    CHECK(good == 1000);
+}
+
 // --- responses: each request brings the Python that answers it --------------
 
 constexpr const char* kScripted = R"py(
@@ -4010,6 +4061,8 @@ TEST_CASE("settings that are refused: in a sentence, with the exit status that t
         {{"-b", "fd://x"}, 1, "fd://x", {}},
         {{"-b", "fd://-1"}, 1, "fd://-1", {}},
         {{"-b", "fd://123"}, 1, "123", {}},
+        {{"-b", "fd://2"}, 1, "descriptor 2 is no listening socket", {}},
+        {{"-D", "-p", "/no/such/pid"}, 1, "/no/such/pid", {}},
         {{"-b", "fd://" + to_string(bound.get())}, 1, to_string(bound.get()), {}},
         {{"-b", "127.0.0.1:" + busy}, 1, "127.0.0.1:" + busy + ": ", {}},
         {{"-b", "192.0.2.1:0"}, 1, "192.0.2.1:0: ", {}},
@@ -4105,6 +4158,10 @@ TEST_CASE("an app that cannot be loaded is exit 4, a runner that cannot run 3, c
     CHECK(good.code == 0);
     CHECK_MESSAGE(good.err == "", good.err);
     CHECK(run_to_end({"--check-config", "--python", python, "-b", "x:99999", "app:app"}).code == 1);
+    const TempDir dir;  // of a server that runs: its pid file is no fault of the configuration
+    write_file(dir.path + "/pid", to_string(::getpid()));
+    CHECK(run_to_end({"--check-config", "--python", python, "-p", dir.path + "/pid", "app:app"})
+              .code == 0);
     const string factory = string("def make(n):\n    return app\n") + kHello;
     CHECK(run_to_end({"--check-config", "--python", python, "app:make(1)"}, {}, factory).code == 0);
     if (::geteuid() != 0) { return; }  // as another user, who may not read what root may
@@ -4139,7 +4196,7 @@ Fd bind_unix_socket(const string& path, bool listening) {
     address.sun_family = AF_UNIX;
     path.copy(address.sun_path, sizeof address.sun_path - 1);
     REQUIRE(::bind(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) == 0);
-    if (listening) { REQUIRE(::listen(fd.get(), 5) == 0); }
+    if (listening) { REQUIRE(::listen(fd.get(), 16) == 0); }
     return fd;
 }
 
@@ -4633,6 +4690,37 @@ TEST_CASE("workers that fail to boot back off, say so once a step, and the other
     CHECK(!server.ended());
 }
 
+TEST_CASE("workers that fail together count as one step of the back-off") {
+    Server server(kTools, {"-w", "4"});
+    REQUIRE(server.wait_ready_workers(4));
+    write_file(server.dir.path + "/app.py", "an application that does not parse\n");
+    for (const pid_t pid : server.workers()) { ::kill(pid, SIGKILL); }
+    CHECK(server.log_has("starts in 2 s"));
+    CHECK(count(server.log(), "starts in 1 s") == 1);
+    CHECK_FALSE(contains(server.log(), "starts in 4 s"));
+    write_file(server.dir.path + "/app.py", kTools);
+    CHECK(server.wait_ready_workers(4));
+    CHECK(get(server, "/hello").status == 200);
+}
+
+TEST_CASE("of too many workers those go first that are not ready") {
+    Server server(kTools + R"py(
+if os.path.exists("slow"):
+    mark("importing")
+    wait("go")
+)py",
+                  {"-w", "1"});
+    REQUIRE(server.wait_ready_workers(1));
+    const vector<pid_t> first = server.workers();
+    write_file(server.dir.path + "/slow", "");
+    server.signal(SIGTTIN);
+    REQUIRE(wait_file(server, "importing"));
+    server.signal(SIGTTOU);
+    CHECK(wait_for([&] { return server.workers().size() == 1; }));
+    CHECK(server.workers() == first);
+    CHECK(get(server, "/hello", 1s).body == "hello");
+}
+
 TEST_CASE("TTIN adds a worker, TTOU ends one, but never the last") {
     Server server(kHello, {"-w", "1"});
     server.signal(SIGTTIN);
@@ -4971,6 +5059,15 @@ def hang(environ, start_response):
     server.signal(SIGKILL);
     CHECK(server.wait_end());
     CHECK(wait_for([&] { return processes_with(server.mark).empty(); }, 3s));
+}
+
+TEST_CASE("after kill -9 of the arbiter another can start at once at the same address") {
+    Server first(kHello, {"-w", "2"});
+    const string address = "127.0.0.1:" + to_string(first.port());
+    first.signal(SIGKILL);
+    REQUIRE(first.wait_end());
+    const Server second(kHello, {"-b", address});
+    CHECK(get(second).body == "hello\n");
 }
 
 TEST_CASE("nobody waits for a busy runner while another is idle") {
@@ -5845,6 +5942,109 @@ TEST_CASE("a large body that nobody reads costs no other request, however its ow
         REQUIRE(get(server, "/hello").body == "hello");
     }
     CHECK(server.runners() == before);
+}
+
+TEST_CASE("who leaves a stream, its body unread, has the runner no longer than the timeout") {
+    Server server(kTools + R"py(
+def endless(environ, start_response):
+    start_response("200 OK", [])
+    while True:
+        yield b"more"
+        time.sleep(0.01)
+)py",
+                  {"-w", "1", "-t", "2"});
+    Client leaving(server);
+    leaving.send(post_bytes("/endless", string(300'000, 'x'), false));
+    leaving.read_until([](const string& t) { return contains(t, "more"); });
+    leaving.reset();
+    CHECK(wait_for([&] { return get(server, "/hello").body == "hello"; }, 8s));
+    CHECK(contains(server.log(), "no answer for 2 s: POST /endless"));
+}
+
+TEST_CASE("a response that an exception breaks off within a write costs no other request") {
+    Server server(kTools + R"py(
+def alarm(number, frame):
+    raise TimeoutError("alarm")
+signal.signal(signal.SIGALRM, alarm)
+
+def alarms(environ, start_response):
+    body = b"x" * 60_000_000
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    return reply(start_response, body)
+)py",
+                  {"-w", "1"});
+    for (int i = 0; i < 5; ++i) {
+        const Reply reply = get(server, "/alarms");
+        CHECK((reply.status >= 500 || !reply.whole));
+        CHECK(get(server, "/hello", 3s).body == "hello");
+    }
+    CHECK(contains(server.log(), "TimeoutError: alarm"));
+}
+
+TEST_CASE("while an application is at close() no other request waits for it, or answers for it") {
+    Server server(kTools + R"py(
+class Late:
+    def __iter__(self):
+        return iter([b"all", b" of it"])
+    def close(self):
+        mark("closing")
+        wait("go")
+
+def closes_late(environ, start_response):
+    start_response("200 OK", [])
+    return Late()
+)py",
+                  {"-w", "2", "-t", "2"});
+    REQUIRE(server.wait_ready_workers(2));
+    CHECK(get(server, "/closes_late", 1s).body == "all of it");
+    REQUIRE(wait_file(server, "closing"));
+    for (int i = 0; i < 20; ++i) { CHECK(get(server, "/hello", 500ms).body == "hello"); }
+    CHECK(get(server, "/closes_late", 1s).body == "all of it");
+    CHECK(wait_for([&] { return count(server.log(), "WORKER TIMEOUT") == 2; }));
+    CHECK(wait_for([&] { return get(server, "/hello").body == "hello"; }));
+    CHECK(count(server.log(), "no answer for 2 s: GET /closes_late") == 2);
+    CHECK_FALSE(contains(server.access(), "/hello HTTP/1.1\" 50"));
+    CHECK_FALSE(contains(server.log(), "502 to"));
+    CHECK_FALSE(contains(server.log(), "503 to"));
+    CHECK_FALSE(contains(server.log(), "504 to"));
+    open_gate(server);
+}
+
+TEST_CASE("an application whose errors no log can hold answers with 500 as ever") {
+    const TempDir dir;
+    const string path = dir.path + "/s";
+    Server server(kTools + "def boom(environ, start_response): raise ValueError\n",
+                  {"-w", "1", "-b", "unix:" + path, "--error-logfile", "/dev/full"}, {}, false);
+    REQUIRE(server.wait_ready_workers(1));
+    const vector<pid_t> before = server.runners();
+    for (int i = 0; i < 2; ++i) { CHECK(request_unix(path, get_bytes("/boom")).status == 500); }
+    CHECK(server.runners() == before);
+}
+
+TEST_CASE("an application may write to a terminal that stops what writes in the background") {
+    const Fd terminal(::posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC));
+    REQUIRE((::grantpt(terminal.get()) == 0 && ::unlockpt(terminal.get()) == 0));
+    const string name = ::ptsname(terminal.get());
+    Server::before_exec = [&] {
+        const int fd = ::open(name.c_str(), O_RDWR);  // the terminal of this session from now on
+        struct termios settings {};
+        ::tcgetattr(fd, &settings);
+        settings.c_lflag |= TOSTOP;
+        ::tcsetattr(fd, TCSANOW, &settings);
+    };
+    Server server(kTools + R"py(
+def says(environ, start_response):
+    with open("/dev/tty", "w") as terminal:
+        terminal.write("said")
+    return reply(start_response, "done")
+)py",
+                  {"-w", "1", "-t", "2"});
+    Server::before_exec = nullptr;
+    CHECK(get(server, "/says").body == "done");
+    char said[100] = {};
+    set_flags(terminal.get(), true);
+    CHECK(wait_for([&] { return ::read(terminal.get(), said, sizeof said - 1) > 0; }));
+    CHECK(string(said) == "said");
 }
 
 TEST_CASE("no byte is lost where a signal interrupts the application's response") {
@@ -6750,8 +6950,10 @@ TEST_CASE("USR1 moves both logs, and what the application prints, to new files")
     server.signal(SIGUSR1);
     REQUIRE(wait_for([&] { return exists(access) && exists(errors); }));
     const string old_access = read_file(access + ".1");
-    const auto moved = [&] {  // by both workers
-        for (const pid_t pid : server.workers()) {
+    const auto moved = [&] {                    // by all workers and runners
+        vector<pid_t> pids = server.runners();  // though they have nothing to do
+        for (const pid_t pid : server.workers()) { pids.push_back(pid); }
+        for (const pid_t pid : pids) {
             const string links = output_of("ls -l /proc/" + to_string(pid) + "/fd");
             if (contains(links, access + ".1") || contains(links, errors + ".1")) { return false; }
         }
@@ -6769,12 +6971,6 @@ TEST_CASE("USR1 moves both logs, and what the application prints, to new files")
     for (int i = 0; i < 6; ++i) { CHECK(request(port, get_bytes("/three")).body == "ok"); }
     REQUIRE(::rename((dir.path + "-gone").c_str(), dir.path.c_str()) == 0);
     CHECK_FALSE(contains(read_file(errors + ".1"), "/two"));
-}
-
-Reply request_unix(const string& path, const string& bytes) {
-    Client client(path);
-    client.send(bytes);
-    return Reply(client.read_all());
 }
 
 /// The numbers behind a name in /proc/PID/status.
@@ -6846,9 +7042,49 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
     CHECK(run_to_end({"-g", "no-such-group", "app:app"}).code == 1);
     CHECK(run_to_end({"-u", "4294967296", "app:app"}).code == 1);
     CHECK(run_to_end({"-u", "4294967295", "app:app"}).code == 1);
+    const string target = dir.path + "/of_root", link = dir.path + "/link";
+    write_file(target, "");
+    for (const bool hard : {false, true}) {  // what the user could lead a log to stays root's
+        CAPTURE(hard);
+        ::unlink(link.c_str());
+        REQUIRE((hard ? ::link : ::symlink)(target.c_str(), link.c_str()) == 0);
+        const Ran ran = run_to_end({"-u", "nobody", "--error-logfile", link, "--check-config"});
+        CHECK(ran.code == (hard ? 4 : 1));
+        CHECK((owner(target) == std::make_pair(uid_t{0}, gid_t{0})));
+    }
     const string left = dir.path + "/left";
     CHECK(run_to_end({"-p", "/nonexistent/pid", "-b", "unix:" + left, "app:app"}).code == 1);
     CHECK_FALSE(exists(left));
+}
+
+TEST_CASE("a reload goes to what the name of its directory stands for by then") {
+    const TempDir dir;
+    const string current = dir.path + "/current", next = dir.path + "/next";
+    for (const char* release : {"one", "two"}) {
+        REQUIRE(::mkdir((dir.path + "/" + release).c_str(), 0755) == 0);
+        write_file(dir.path + "/" + release + "/app.py",
+                   kTools +
+                       "def release(environ, start_response):\n    return reply("
+                       "start_response, '" +
+                       release + " ' + os.getcwd()[-3:])\n");
+    }
+    const auto point_at = [&](const char* release) {
+        REQUIRE(::symlink(release, next.c_str()) == 0);
+        REQUIRE(::rename(next.c_str(), current.c_str()) == 0);
+    };
+    for (const bool option : {true, false}) {
+        CAPTURE(option);
+        point_at("one");
+        Server::before_exec = [&] {  // as a shell
+            if (::chdir(current.c_str()) == 0) { ::setenv("PWD", current.c_str(), 1); }
+        };
+        Server server("", {"--chdir", option ? current : "."});
+        Server::before_exec = nullptr;
+        CHECK(get(server, "/release").body == "one one");
+        point_at("two");
+        server.signal(SIGHUP);
+        CHECK(wait_for([&] { return get(server, "/release").body == "two two"; }));
+    }
 }
 
 TEST_CASE("a signal sent as soon as there is a pid file is handled as at any other time") {
@@ -6886,10 +7122,10 @@ TEST_CASE("a daemon goes on in the background, and its pid file names it as long
     const TempDir dir;
     write_file(dir.path + "/app.py", kTalkative);
     const string pidfile = dir.path + "/pid", errors = dir.path + "/errors";
-    const vector<string> args{"-D",      "-p",          pidfile,
-                              "--chdir", dir.path,      "--error-logfile",
-                              errors,    "--python",    "/usr/bin/python3",
-                              "-b",      "127.0.0.1:0", "app:app"};
+    vector<string> args{"-D",      "-p",          pidfile,
+                        "--chdir", dir.path,      "--error-logfile",
+                        errors,    "--python",    "/usr/bin/python3",
+                        "-b",      "127.0.0.1:0", "app:app"};
     CHECK(run_to_end(args).code == 0);
     REQUIRE(
         wait_for([&] { return exists(pidfile) && contains(read_file(errors), "Listening at"); }));
@@ -6926,9 +7162,11 @@ TEST_CASE("a daemon goes on in the background, and its pid file names it as long
     CHECK(wait_for([&] { return !alive(pid); }));
     CHECK_FALSE(exists(pidfile));
     write_file(pidfile, "999999999\n");  // of a process that is no more
+    args[6] = "";                        // no error log: nothing of the terminal is kept
     CHECK(run_to_end(args).code == 0);
     REQUIRE(wait_for([&] { return read_pidfile(pidfile) != 999999999; }));
     const pid_t again = read_pidfile(pidfile);
+    CHECK(output_of("readlink /proc/" + to_string(again) + "/fd/2") == "/dev/null");
     ::kill(again, SIGQUIT);
     CHECK(wait_for([&] { return !alive(again); }));
     CHECK_FALSE(exists(pidfile));
@@ -7975,6 +8213,30 @@ def env(environ, start_response):
     ::kill(heir[0], SIGTERM);
     CHECK(hear("STOPPING=1"));
     CHECK(count(heard, "STOPPING") == 1);
+}
+
+TEST_CASE("the file of a unix socket that systemd made stays, also after an upgrade") {
+    const TempDir dir;
+    const string path = dir.path + "/s";
+    const Fd socket = bind_unix_socket(path, true);
+    Server::before_exec = [&] {
+        ::dup2(socket.get(), 100);
+        ::dup2(100, 3);
+        ::setenv("LISTEN_PID", to_string(::getpid()).c_str(), 1);
+        ::setenv("LISTEN_FDS", "1", 1);
+    };
+    Server server(kHello, {"-b", "unix:" + path});
+    Server::before_exec = nullptr;
+    server.signal(SIGUSR2);
+    REQUIRE(wait_for([&] { return masters_of(server).size() == 1; }));
+    const pid_t heir = masters_of(server)[0];
+    REQUIRE(wait_for([&] { return server.ready_workers(heir) == 2; }));
+    server.signal(SIGTERM);
+    REQUIRE(server.wait_end());
+    CHECK(request_unix(path, get_bytes("/")).body == "hello\n");
+    ::kill(heir, SIGTERM);
+    CHECK(wait_for([&] { return !alive(heir); }));
+    CHECK(exists(path));
 }
 
 TEST_SUITE_END();
