@@ -996,7 +996,7 @@ Error clear_path(const string& path, const sockaddr_un& name) {
 }
 
 /// Accepted sockets inherit it: the kernel holds little that it could not send yet, so that a
-/// socket becomes writable soon after its client has read something, however slow it is.
+/// socket becomes writable whenever the window of its client opens.
 void limit_unsent(int fd) {
 #ifdef TCP_NOTSENT_LOWAT
     const int bytes = 2 * kPiece;
@@ -2361,6 +2361,7 @@ constexpr auto kAcceptDelay = 10ms;  // how long a busy worker leaves connection
 constexpr auto kAhead = 1ms;         // how long a request may lie ready for a busy runner
 constexpr auto kKillDelay = 500ms;   // from asking a process to go to SIGKILL
 constexpr auto kLingerSilence = 2s, kLingerTotal = 10s;  // as nginx's lingering_close
+constexpr auto kSendSilence = 60s;  // at least, as nginx's send_timeout: TCP tells in large steps
 constexpr size_t kReplyMemory = size_t{1} << 20, kWorkerMemory = size_t{16} << 20;
 #ifdef MSG_MORE
 constexpr int kMore = MSG_MORE;  // the last bytes leave with the FIN, in one segment
@@ -2599,7 +2600,8 @@ private:
             if (over || now_ >= runner.kill_at) { end_runner(runner); }
             if (!has_work()) { dismiss(runner); }
         }
-        const bool wanted = runners_in(Phase::Retired) == runners_.size();
+        const bool wanted =
+            runners_in(Phase::Retired) + runners_in(Phase::Hung) == runners_.size();
         if (wanted && now_ >= restart_at_ && has_work()) {
             if (Error error = boot_runner()) { log(Level::Error, error.text); }
         }
@@ -2635,8 +2637,8 @@ private:
                 c.deadline = config_.timeout > 0s ? c.pass.started + config_.timeout : patience;
                 c.place = ready_.insert(ready_.end(), &c);
                 break;
-            case State::ReadBody:
-            case State::Reply: c.deadline = patience; break;
+            case State::ReadBody: c.deadline = patience; break;
+            case State::Reply: c.deadline = std::max(patience, now_ + kSendSilence); break;
             case State::Linger: c.deadline = now_ + kLingerSilence; break;
             case State::Run:  // the runner has one
             case State::Done: c.deadline = Time::max(); break;
@@ -3403,8 +3405,9 @@ private:
         ::kill(hung ? runner.pid : -runner.pid, runner.signal);
     }
 
-    /// Not a byte for `timeout` seconds. What runs in other slots has kKillDelay to end. (The log
-    /// says so in gunicorn's words for a dead worker; murder_workers() does, too.)
+    /// Not a byte for `timeout` seconds. What runs in other slots has as long again to end, while a
+    /// successor serves. (The log says so in gunicorn's words for a dead worker; murder_workers()
+    /// does, too.)
     void hung_app(Slot& slot) {
         // Stalled: the client is slow, not the application.
         if (stalled(slot)) { return extend_deadline(slot); }
@@ -3416,7 +3419,7 @@ private:
         if (runner.signal == 0) { runner.phase = Phase::Hung; }
         slot.deadline = Time::max();
         take_back(slot);
-        kill_runner_after(runner, kKillDelay);
+        kill_runner_after(runner, config_.timeout);
         if (c != nullptr) { end_response(*c, false, {504, "the application did not answer"}); }
     }
 
