@@ -166,7 +166,7 @@ void set_flags(int fd, bool nonblocking) {
 
 /// Moves a descriptor that select() never sees out of the range that it needs, if there is room.
 Fd raise_fd(Fd fd) {
-    const int high = ::fcntl(fd.get(), F_DUPFD_CLOEXEC, FD_SETSIZE);
+    const int high = fd ? ::fcntl(fd.get(), F_DUPFD_CLOEXEC, FD_SETSIZE) : -1;
     return high < 0 ? std::move(fd) : Fd(high);
 }
 
@@ -212,11 +212,10 @@ Error make_fifo(string dir, Pair& made, Fd& back) {
     const string path = dir + "/fifo";
     if (made_dir && ::mkfifo(path.c_str(), 0600) == 0) {
         back = raise_fd(Fd(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)));
-        made.second = Fd(::open(path.c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC));
-        made.first = Fd(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
-        ::fcntl(made.first.get(), F_SETFL, 0);
+        made.second = Fd(back ? ::open(path.c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC) : -1);
+        made.first = Fd(made.second ? ::open(path.c_str(), O_RDONLY | O_CLOEXEC) : -1);
     }
-    const Error error = back && made.first && made.second ? Error{} : os_error("no FIFO " + path);
+    const Error error = made.first ? Error{} : os_error("no FIFO " + path);
     ::unlink(path.c_str());
     if (made_dir) { ::rmdir(dir.c_str()); }
     return error;
@@ -715,12 +714,15 @@ void print_help() {
     }
 }
 
-void print_config(const Config& config) {
-    std::printf("%-25s = %s\n", "app", config.app.c_str());
+/// What --print-config prints, and --log-level debug logs.
+string show_config(const Config& config) {
+    string text = "app                       = " + config.app;
     for (const Option& o : kOptions) {
-        const string name(o.name());
-        if (o.get != nullptr) { std::printf("%-25s = %s\n", name.c_str(), o.get(config).c_str()); }
+        string name(o.name());
+        name.resize(std::max<size_t>(name.size(), 25), ' ');
+        if (o.get != nullptr) { text += "\n" + name + " = " + o.get(config); }
     }
+    return text;
 }
 
 // ============================================================================
@@ -1075,7 +1077,9 @@ Error resolve_user(Config& config) {
         const bool number = parse_number(config.user, uid) && uid < UINT32_MAX;
         const struct passwd* entry =
             number ? ::getpwuid(static_cast<uid_t>(uid)) : ::getpwnam(config.user.c_str());
-        if (entry == nullptr && !number) { return {1, "there is no user '" + config.user + "'"}; }
+        if (entry == nullptr && (!number || config.group.empty())) {
+            return {1, "there is no user '" + config.user + "'" + (number ? ": name a group" : "")};
+        }
         if (entry != nullptr) {
             uid = entry->pw_uid, gid = entry->pw_gid, config.user = entry->pw_name;
         }
@@ -1133,12 +1137,15 @@ string own_pidfile(const Config& config) {
                                                             : config.pidfile;
 }
 
-/// Refuses a pid file with the number of a live process in it, or where none can be written.
-Error check_pidfile(const string& path) {
+/// Refuses a pid file with the number of a live process in it, which is no fault of the
+/// configuration, or where none can be written.
+Error check_pidfile(const Config& config, const string& path) {
     if (path.empty()) { return {}; }
     const pid_t pid = read_pidfile(path);
     const bool alive = pid > 0 && pid != ::getpid() && (::kill(pid, 0) == 0 || errno == EPERM);
-    if (alive) { return {1, path + " names process " + to_string(pid) + ", which runs"}; }
+    if (alive && !config.check_config) {
+        return {1, path + " names process " + to_string(pid) + ", which runs"};
+    }
     Fd probe;
     const string directory = path.substr(0, path.rfind('/') + 1) + ".";
     return make_temp_file(directory, probe) ? os_error("cannot write " + path) : Error{};
@@ -1777,6 +1784,7 @@ Response error_response(int status, string& body) {
 // ============================================================================
 constexpr char kRunner[] = R"py(
 import faulthandler, fcntl, importlib, io, os, select, sys
+from wsgiref.util import FileWrapper
 
 class Gone(SystemExit): "The worker has gone, or wants no more."
 
@@ -1792,16 +1800,6 @@ class Body(io.RawIOBase):
         data = slot.take(len(buffer)) if slot and slot.left else b""
         buffer[:len(data)] = data
         return len(data)
-
-class FileWrapper:
-    """wsgi.file_wrapper (PEP 3333, Optional Platform-Specific File Handling)."""
-    def __init__(self, file, block_size=65536):
-        self.file, self.block_size = file, max(block_size, 65536)
-        if hasattr(file, "close"):
-            self.close = file.close
-
-    def __iter__(self):
-        return iter(lambda: self.file.read(self.block_size) or None, None)
 
 class Response:
     """start_response() and write() of one request; inert once it is over."""
@@ -1956,10 +1954,13 @@ class Slot:
                 report()
         self.end(response, parts, mark)
 
-def list_files(list_fd, told):
-    """With --reload: the files that modules come from, each once."""
-    for module in list(sys.modules.values()):
-        name = getattr(module, "__dict__", {}).get("__file__")  # which runs no code of theirs
+def file_wrapper(file, block_size=65536):
+    return FileWrapper(file, max(block_size, 65536))  # smaller blocks cost time
+
+def list_files(list_fd, told, names=()):
+    """With --reload: the files that modules come from, and others, each once."""
+    modules = list(sys.modules.values())  # of which no code runs for their names
+    for name in [*names, *(getattr(module, "__dict__", {}).get("__file__") for module in modules)]:
         if isinstance(name, str) and name not in told:
             told.add(name)
             os.write(list_fd, os.fsencode(name) + b"\0")
@@ -1997,29 +1998,35 @@ def main(name, paths, software, files, threads, *fds):
     os.dup2(2, 1)
     os.register_at_fork(after_in_child=lambda: put_null(pipes))  # the bridge is not for them
     sys.path[:1] = [os.path.abspath(path) for path in paths.split(",") if path] + [os.getcwd()]
+    names = []
     try:  # MODULE, MODULE:OBJ.ATTR or MODULE:FACTORY(...), as in gunicorn
         module, _, target = name.partition(":")
         app = eval(target or "application", vars(importlib.import_module(module)))
         if not callable(app): raise TypeError("%s is not callable" % name)
-    except Exception:
+    except Exception as error:
         report()
-        sys.exit(4)
+        if not files:
+            sys.exit(4)
+        import traceback  # the worker reloads when one of the files is another
+        names = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+        names, app = [*names, getattr(error, "filename", "")], None
     if files:
         Slot.files = fcntl.fcntl(int(files), fcntl.F_DUPFD_CLOEXEC, high), set()
         os.close(int(files))
-        list_files(*Slot.files)
+        list_files(*Slot.files, names)
     each = len(pipes) // int(threads)
     slots = [Slot(pipes[i:i + each], app) for i in range(0, len(pipes), each)]
     base = {"wsgi.version": (1, 0), "wsgi.errors": sys.stderr, "SERVER_SOFTWARE": software,
             "wsgi.multithread": len(slots) > 1, "wsgi.multiprocess": True, "wsgi.run_once": False,
-            "wsgi.file_wrapper": FileWrapper, "wsgi.input_terminated": True}
+            "wsgi.file_wrapper": file_wrapper, "wsgi.input_terminated": True}
     threads = []
     for slot in slots[1:]:
         import threading  # which takes its time, too
         slot.failures = BaseException  # sys.exit() would end the thread, and nobody would know
         threads.append(threading.Thread(target=slot.serve, args=(base,), daemon=True))
         threads[-1].start()
-    slots[0].write([b"0:,"])
+    if app:
+        slots[0].write([b"0:,"])
     slots[0].serve(base)
     for thread in threads:
         thread.join()
@@ -2600,8 +2607,7 @@ private:
             if (over || now_ >= runner.kill_at) { end_runner(runner); }
             if (!has_work()) { dismiss(runner); }
         }
-        const bool wanted =
-            runners_in(Phase::Retired) + runners_in(Phase::Hung) == runners_.size();
+        const bool wanted = runners_in(Phase::Retired) + runners_in(Phase::Hung) == runners_.size();
         if (wanted && now_ >= restart_at_ && has_work()) {
             if (Error error = boot_runner()) { log(Level::Error, error.text); }
         }
@@ -2731,15 +2737,19 @@ private:
         return connections_[number].get();
     }
 
-    /// Who has to go when there are too many: one that lingers, or else the one that has been
-    /// unfinished for longest. Null: all are being served.
+    /// Who has to go when there are too many: one that lingers, or else the one that came first of
+    /// those that are unfinished or have taken nothing for `timeout`. Null: all are being served.
     Connection* find_victim() const {
         const auto rank = [](const Connection& c) {
             return std::make_pair(c.state != State::Linger, c.pass.accepted);
         };
+        const Time late = now_ + std::max<Clock::duration>(kSendSilence - config_.timeout, 0s);
         Connection* victim = nullptr;
         for (const auto& c : connections_) {
-            if (!c || (c->state != State::Linger && c->state > State::ReadBody)) { continue; }
+            if (!c) { continue; }
+            const bool stuck =
+                c->state == State::Reply && c->deadline <= late && c->out.size() > 0;
+            if (!stuck && c->state != State::Linger && c->state > State::ReadBody) { continue; }
             if (victim == nullptr || rank(*c) < rank(*victim)) { victim = c.get(); }
         }
         return victim;
@@ -2749,7 +2759,9 @@ private:
     bool shed() {
         Connection* victim = find_victim();
         if (victim == nullptr) { return false; }
-        if (victim->state != State::Linger && !victim->pass.silent) {
+        if (victim->state == State::Reply) {
+            expire(*victim);
+        } else if (victim->state != State::Linger && !victim->pass.silent) {
             refuse(*victim, {503, "too many connections"});
             (void)read_some(victim->socket, buffer_, kPiece);  // unread bytes would reset it
         }
@@ -2789,7 +2801,9 @@ private:
         if (c.state == State::ReadHead) { c.taken += fresh.substr(0, fresh.size() - in.size()); }
         c.in = string(in);
         if (too_large(c.body.size())) { return refuse(c, {413, "the body is too large"}); }
-        if (c.body.failed()) { return refuse(c, {507, "no room on disk for the body"}); }
+        if (c.body.failed()) {
+            return refuse(c, {507, os_error("no room on disk for the body").text});
+        }
         if (parsed == Parse::Done) { return ready(c); }
         if (c.pass.eof && c.pass.silent) { return set_state(c, State::Done); }
         if (c.pass.eof) { return refuse(c, {400, "the request ends early"}); }
@@ -2822,6 +2836,7 @@ private:
         if (said && !is_listed(config_.forwarded_allow_ips, c.from)) { scheme = "http"; }
         if (scheme.empty()) { return refuse(c, {400, "contradicting X-Forwarded fields"}); }
         c.env = make_environ(request, c.ends, scheme);
+        if (g_log.level == "debug") { log(Level::Debug, escape(c.request_line())); }
         c.taken = string();
         set_state(c, State::ReadBody);
         if (too_large(request.length)) { return refuse(c, {413, "the body is too large"}); }
@@ -3495,8 +3510,9 @@ private:
     /// With --reload: wakes the arbiter if a file is another than the second before. The runner
     /// adds names to its list, and never takes one away.
     void watch_files() {
-        Runner* serving =
-            find(runners_, [](const Runner& each) { return each.phase == Phase::Serving; });
+        Runner* serving = find(runners_, [](const Runner& each) {
+            return each.phase == Phase::Serving || each.phase == Phase::Booting;
+        });
         if (serving == nullptr) { return; }
         Strings names = config_.reload_extra_files;
         string list;
@@ -3624,6 +3640,7 @@ private:
         set_title(config_, "master");
         Strings texts;
         for (const Listener& each : listeners_) { texts.push_back(each.text); }
+        log(Level::Debug, "Current configuration:\n" + show_config(config_));
         log(Level::Info, string("Starting server ") + kVersion);
         log(Level::Info, "Listening at: " + join(texts) + " (" + to_string(::getpid()) + ")");
         log(Level::Info,
@@ -3924,6 +3941,7 @@ Error apply(Config& config, rlim_t& files) {
         return string(value != nullptr ? value : "");
     };
     if (config.proc_name.empty()) { config.proc_name = config.app; }
+    config.reload = config.reload && !config.check_config;
     int64_t inherited = 0;
     config.notify_socket = variable("NOTIFY_SOCKET");
     if (variable("LISTEN_PID") == to_string(::getpid()) &&
@@ -3959,19 +3977,21 @@ Error apply(Config& config, rlim_t& files) {
         config.worker_tmp_dir = shm ? "/dev/shm" : temp_dir();
     }
     Fd probe;
-    if (Error error = make_temp_file(config.worker_tmp_dir, probe)) { return error; }
+    for (const string& dir : {config.worker_tmp_dir, temp_dir()}) {
+        if (Error error = make_temp_file(dir, probe)) { return error; }
+    }
     if (Error error = resolve_user(config)) { return error; }
-    const string pidfile = config.check_config ? "" : own_pidfile(config);
-    if (Error error = check_pidfile(pidfile)) { return error; }
+    if (Error error = check_pidfile(config, own_pidfile(config))) { return error; }
     if (config.errorlog.empty()) { config.errorlog = "-"; }
     if (config.errorlog != "-") {  // the application, which opens it again, may change directories
         config.errorlog = absolute(config.chdir, config.errorlog);
     }
     if (Error error = open_own_logs(config)) { return error; }
     if (config.worker_connections > most) {
-        log(Level::Warning, "--worker-connections lowered from " +
-                                to_string(config.worker_connections) + " to " + to_string(most) +
-                                ", which is what fits");
+        const bool asked = config.worker_connections != Config{}.worker_connections;
+        log(asked ? Level::Warning : Level::Info,
+            "--worker-connections lowered from " + to_string(config.worker_connections) + " to " +
+                to_string(most) + ", which is what fits");
         config.worker_connections = most;
     }
     return {};
@@ -4037,7 +4057,7 @@ int main(int argc, char** argv) {
     Error error = parse_command_line({argv + std::min(argc, 1), argv + argc}, config);
     if (!error && config.help) { return print_help(), 0; }
     if (!error && config.version) { return std::printf("server %s\n", kVersion), 0; }
-    if (!error && config.print_config) { return print_config(config), 0; }
+    if (!error && config.print_config) { return std::puts(show_config(config).c_str()), 0; }
     if (!error) { error = apply(config, files); }
     if (!error) { error = bind_all(config, listeners); }
     if (!error && config.check_config) { return check_app(config, files); }

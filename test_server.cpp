@@ -4063,6 +4063,8 @@ TEST_CASE("settings that are refused: in a sentence, with the exit status that t
         {{"-b", "fd://123"}, 1, "123", {}},
         {{"-b", "fd://2"}, 1, "descriptor 2 is no listening socket", {}},
         {{"-D", "-p", "/no/such/pid"}, 1, "/no/such/pid", {}},
+        {{"--check-config", "-p", "/no/such/pid"}, 1, "/no/such/pid", {}},
+        {{}, 1, "temporary file in /no/such/tmp: No such", {"TMPDIR=/no/such/tmp"}},
         {{"-b", "fd://" + to_string(bound.get())}, 1, to_string(bound.get()), {}},
         {{"-b", "127.0.0.1:" + busy}, 1, "127.0.0.1:" + busy + ": ", {}},
         {{"-b", "192.0.2.1:0"}, 1, "192.0.2.1:0: ", {}},
@@ -4356,6 +4358,11 @@ TEST_CASE("log files, log level, heartbeat directory, and connections lowered to
     CHECK(contains(text, "the app prints\n"));
     CHECK(contains(text, "[WARNING] --worker-connections lowered from 9999 to "));
     CHECK_FALSE(contains(text, "[INFO]"));
+    const Server debug(kHello, {"-w", "1", "--log-level", "debug"});
+    CHECK(get(debug, "/x").status == 200);
+    CHECK(debug.log_has("[DEBUG] GET /x HTTP/1.1\n"));
+    CHECK(contains(debug.log(), "[DEBUG] Current configuration:\n"));
+    CHECK(contains(debug.log(), "\nworkers                   = 1\n"));
     bool heartbeat = false;
     const string fds = "/proc/" + to_string(server.pid) + "/fd";
     const std::unique_ptr<DIR, int (*)(DIR*)> list(::opendir(fds.c_str()), ::closedir);
@@ -6552,7 +6559,7 @@ def down(environ, start_response):
     upload.send("POST /hello HTTP/1.1\r\nContent-Length: 4000000\r\n\r\n");
     upload.send(string(4000000, 'x'));
     CHECK(Reply(upload.read_all()).status == 507);
-    CHECK(server.log_has("507 to 127.0.0.1: no room on disk"));
+    CHECK(server.log_has("507 to 127.0.0.1: no room on disk for the body: File too large"));
     CHECK(server.access_has("POST /hello HTTP/1.1\" 507 "));
     Client reader(server);
     reader.send(get_bytes("/down"));
@@ -7048,6 +7055,7 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
     check_all();
     CHECK(run_to_end({"-u", "no-such-user", "app:app"}).code == 1);
     CHECK(run_to_end({"-g", "no-such-group", "app:app"}).code == 1);
+    CHECK(contains(run_to_end({"-u", "424242", "app:app"}).err, "'424242': name a group"));
     CHECK(run_to_end({"-u", "4294967296", "app:app"}).code == 1);
     CHECK(run_to_end({"-u", "4294967295", "app:app"}).code == 1);
     const string target = dir.path + "/of_root", link = dir.path + "/link";
@@ -7964,10 +7972,33 @@ def versions(environ, start_response):
     CHECK(wait_for([&] { return hups() == 3; }));
     CHECK(wait_for(settle, 10s));
     write_file(dir.path + "/early.py", "no python\n");  // the old workers go on, and watch on
-    CHECK(server.log_has("Reload failed"));
+    CHECK(server.log_has("SyntaxError"));
     CHECK(get(server, "/versions").body == "2 2 -");
     write_file(dir.path + "/early.py", version("early", 3));
     CHECK(becomes("3 2 -"));
+    CHECK(wait_for(settle, 10s));
+    write_file(dir.path + "/fresh.py", "fresh = 1 / 0\n");  // which the old workers know nothing of
+    write_file(dir.path + "/early.py", "from fresh import fresh\n" + version("early", 4));
+    CHECK(server.log_has("ZeroDivisionError"));
+    CHECK(get(server, "/versions").body == "3 2 -");
+    write_file(dir.path + "/fresh.py", "fresh = (\n");
+    CHECK(server.log_has("/fresh.py modified"));
+    CHECK(wait_for([&] { return count(server.log(), "SyntaxError") == 2; }));
+    write_file(dir.path + "/fresh.py", "fresh = 0\n");
+    CHECK(becomes("4 2 -"));
+}
+
+TEST_CASE("with --reload an application that does not load waits until one of its files changes") {
+    Server server("app = no_such_name\n", {"--reload", "-t", "1"}, {}, false);
+    CHECK(server.log_has("NameError"));
+    CHECK_FALSE(server.wait_end(1500ms));  // a second and more: it is no hung application
+    write_file(server.dir.path + "/app.py", kHello);
+    CHECK(server.wait_ready_workers(2));
+    CHECK(get(server).body == "hello\n");
+    CHECK(wait_for([&] { return server.workers().size() == 2; }));
+    CHECK(run_to_end({"--reload", "--check-config", "--python", "/usr/bin/python3", "app:app"}, {},
+                     "no python")
+              .code == 4);
 }
 
 TEST_CASE("what a client sent in time counts, though nobody was there to read it") {
@@ -8053,12 +8084,15 @@ TEST_CASE("when the directory for small files vanishes all goes on, and heals on
 }
 
 TEST_CASE("too few descriptors for a worker end the server, which says so") {
-    const Limit descriptors(RLIMIT_NOFILE, 18);
-    Server server(kHello, {"-w", "1"}, {}, false);
-    CHECK(server.wait_end(15s));
-    CHECK_MESSAGE(server.exit_code() == 3, server.log());
-    CHECK(contains(server.log(), "Worker cannot boot: "));
-    CHECK(contains(server.log(), "Worker failed to boot."));
+    for (const rlim_t most : {15U, 16U, 18U}) {
+        const Limit descriptors(RLIMIT_NOFILE, most);
+        Server server(kHello, {"-w", "1"}, {}, false);
+        CHECK(server.wait_end(15s));
+        CHECK_MESSAGE(server.exit_code() == 3, server.log());
+        CHECK(contains(server.log(), "Worker cannot boot: "));
+        CHECK_MESSAGE(contains(server.log(), ": Too many open files\n"), server.log());
+        CHECK(contains(server.log(), "Worker failed to boot."));
+    }
 }
 
 TEST_CASE("a relative path of the error log means one file, wherever the application goes") {
