@@ -2747,8 +2747,7 @@ private:
         Connection* victim = nullptr;
         for (const auto& c : connections_) {
             if (!c) { continue; }
-            const bool stuck =
-                c->state == State::Reply && c->deadline <= late && c->out.size() > 0;
+            const bool stuck = c->state == State::Reply && c->deadline <= late && c->out.size() > 0;
             if (!stuck && c->state != State::Linger && c->state > State::ReadBody) { continue; }
             if (victim == nullptr || rank(*c) < rank(*victim)) { victim = c.get(); }
         }
