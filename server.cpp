@@ -466,11 +466,11 @@ struct Config {
     int umask = 0;
     uid_t uid = 0;  // what --user and --group mean
     gid_t gid = 0;
-    int pipes = 8;              // of requests, in each slot
-    int inherited = 0;          // listening sockets from systemd, from descriptor 3 on
-    bool owns_sockets = false;  // or from an old master, whose duty it was to remove unix sockets
-    string notify_socket;       // of systemd
-    Strings argv;               // as it was started, and where, for an upgrade
+    int pipes = 8;         // of requests, in each slot
+    int inherited = 0;     // listening sockets from systemd, from descriptor 3 on
+    string inodes;         // or from an old master: the files of those that it would remove
+    string notify_socket;  // of systemd
+    Strings argv;          // as it was started, and where, for an upgrade
     string directory;
     pid_t old_master = 0;   // that upgrades to this one
     char* title = nullptr;  // what ps shows
@@ -757,14 +757,46 @@ void log(Level level, const string& text) {
                                           "\n");
 }
 
-/// Opens a log file, or opens it again; "-" is a standard descriptor. An empty path: no log. What
-/// root opens for --user must be no symbolic link, or that user could lead it to a file of root's.
+/// Whether the user of the workers has a say in what a file of this directory is. In a sticky one,
+/// as /tmp is, not over what is root's.
+bool has_say(const Config& config, string directory) {
+    struct stat info {};
+    for (bool last = true; !directory.empty(); last = false) {
+        if (::stat(directory.c_str(), &info) < 0 || info.st_uid == config.uid) { return true; }
+        const mode_t bits = S_IWOTH | (info.st_gid == config.gid ? S_IWGRP : 0);
+        const bool sticky = !last && (info.st_mode & S_ISVTX) != 0;
+        if ((info.st_mode & bits) != 0 && !sticky) { return true; }
+        directory.resize(directory.rfind('/'));
+    }
+    return false;
+}
+
+/// Gives a file that root made to the user of the workers; one with a second name may be another's.
+void give_away(const Config& config, const Fd& file) {
+    struct stat info {};
+    const bool regular = ::fstat(file.get(), &info) == 0 && S_ISREG(info.st_mode);
+    if (regular && info.st_nlink <= 1 && ::geteuid() == 0) {
+        (void)!::fchown(file.get(), config.uid, config.gid);
+    }
+}
+
+/// Opens a log file, or opens it again; "-" is a standard descriptor. An empty path: no log. Root
+/// gives it to --user, or opens it as that user, who could else lead it to a file of root's.
 Error open_log(const Config& config, const string& path, int standard, Fd& file) {
     if (path.empty()) { return {}; }
-    const bool strict = ::geteuid() == 0 && config.uid != 0 && path.substr(0, 5) != "/dev/";
-    const int flags = O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | (strict ? O_NOFOLLOW : 0);
+    const string directory = path.substr(0, path.rfind('/') + 1);
+    char real[PATH_MAX] = "";
+    const bool root = ::geteuid() == 0 && config.uid != 0 && path != "-";
+    const bool other = root && (::realpath(directory.c_str(), real) == nullptr ||
+                                has_say(config, directory.substr(0, directory.size() - 1)) ||
+                                has_say(config, real));
+    const int flags = O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | (other ? O_NONBLOCK : 0);
+    if (other) { (void)!::setegid(config.gid), (void)!::seteuid(config.uid); }
     Fd fd(path == "-" ? ::fcntl(standard, F_DUPFD_CLOEXEC, 0) : ::open(path.c_str(), flags, 0666));
-    if (!fd) { return os_error("cannot open the log " + path); }
+    const Error error = fd ? Error{} : os_error("cannot open the log " + path);
+    if (other) { (void)!::seteuid(0), (void)!::setegid(0); }
+    if (error) { return error; }
+    if (root && !other) { give_away(config, fd); }
     file = raise_fd(std::move(fd));
     return {};
 }
@@ -975,7 +1007,7 @@ Error describe(Fd fd, Listener& made) {
 /// A unix socket's file is ours, to be removed at the end.
 void own_path(Listener& listener) {
     struct stat info {};
-    const string path = listener.text.substr(std::min<size_t>(5, listener.text.size()));
+    const string path = listener.text.substr(5);
     if (listener.text.substr(0, 5) != "unix:" || ::lstat(path.c_str(), &info) < 0) { return; }
     listener.path = path;
     listener.inode = info.st_ino;
@@ -1104,23 +1136,6 @@ Error drop_privileges(const Config& config) {
     return good ? Error{} : os_error("cannot become the user of --user");
 }
 
-/// Gives a file that root made to the user of the workers; one with a second name may be another's.
-void give_away(const Config& config, const Fd& file) {
-    struct stat info {};
-    const bool regular = ::fstat(file.get(), &info) == 0 && S_ISREG(info.st_mode);
-    if (regular && info.st_nlink <= 1 && ::geteuid() == 0) {
-        (void)!::fchown(file.get(), config.uid, config.gid);
-    }
-}
-
-/// Opens the logs as the arbiter does: as root, for the user of the workers.
-Error open_own_logs(const Config& config) {
-    const Error error = open_logs(config);
-    if (config.errorlog != "-") { give_away(config, g_log.error_file); }
-    if (config.accesslog != "-") { give_away(config, g_log.access_file); }
-    return error;
-}
-
 /// The process that a pid file names, 0 if there is none.
 pid_t read_pidfile(const string& path) {
     const Fd file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
@@ -1153,9 +1168,9 @@ Error check_pidfile(const Config& config, const string& path) {
 
 /// Writes our number as a whole: nobody ever reads half of it.
 Error write_pidfile(const string& path) {
-    string temp = path + ".XXXXXX";
-    const Fd file(path.empty() ? -1 : ::mkstemp(temp.data()));
     if (path.empty()) { return {}; }
+    string temp = path + ".XXXXXX";
+    const Fd file(::mkstemp(temp.data()));
     const bool good = file && write_all(file, to_string(::getpid()) + "\n") &&
                       ::fchmod(file.get(), 0644) == 0 && ::rename(temp.c_str(), path.c_str()) == 0;
     const Error error = good ? Error{} : os_error("cannot write " + path);
@@ -1936,7 +1951,7 @@ class Slot:
                 for item in items:
                     if self.client_gone():
                         break
-                    response.write(item)
+                    if item != b"": self.write(response.frame([item]))
                 parts = [] if response.started else response.frame([])
             if hasattr(items, "close"):  # for which the client need not wait
                 self.end(response, parts, b"0:;")
@@ -1950,7 +1965,7 @@ class Slot:
             try:
                 if hasattr(items, "close"):
                     items.close()
-            except Exception:
+            except self.failures:
                 report()
         self.end(response, parts, mark)
 
@@ -2098,6 +2113,7 @@ struct Slot {
     std::vector<Fd> to, back;  // request pipes, used in turn; our reading ends of them
     Fd from;                   // the pipe of replies
     size_t index = 0;          // the pipe of the present request
+    size_t size = 0;           // bytes of its frame, where that went into the pipe as a whole
     Fd copy;                   // of that pipe, for select(), while it is full
     bool full = false;
     NetstringReader reader;
@@ -2106,6 +2122,7 @@ struct Slot {
     string request;                 // its request line, once nobody waits
     bool busy = false;              // with a request
     bool answered = false;          // its end frame has come
+    bool gone = false;              // it has to be told that its client has
     std::vector<Ahead> ahead;       // in the pipes that come next
     size_t ahead_limit = 0;         // how many these may be: about kAhead of work
     size_t ahead_bytes = kPiece;    // bytes that each may have
@@ -2463,6 +2480,8 @@ private:
         stop_ = std::max(stop_, how);
         for (const Listener& each : listeners_) {
             for (int i = 0; booted_ && stop_ != Stop::Now && i < config_.backlog; ++i) {
+                const bool full = connected_ >= config_.worker_connections;
+                while (full && !ready_.empty() && enqueue(*ready_.front())) {}  // makes room
                 if (!accept_client(each)) { break; }
             }
         }
@@ -2633,18 +2652,22 @@ private:
         connections_[c.socket.get()].reset();
     }
 
+    /// Until when one waits for a sign of life after the one at `since`.
+    Time patience(Time since) const {
+        return config_.timeout > 0s ? since + config_.timeout : Time::max();
+    }
+
     void set_state(Connection& c, State state) {
-        const Time patience = config_.timeout > 0s ? now_ + config_.timeout : Time::max();
         if (c.state == State::Ready && state != State::Ready) { ready_.erase(c.place); }
         c.state = state;
         switch (state) {
             case State::ReadHead: c.deadline = now_ + config_.header_timeout; break;
             case State::Ready:
-                c.deadline = config_.timeout > 0s ? c.pass.started + config_.timeout : patience;
+                c.deadline = patience(c.pass.started);
                 c.place = ready_.insert(ready_.end(), &c);
                 break;
-            case State::ReadBody: c.deadline = patience; break;
-            case State::Reply: c.deadline = std::max(patience, now_ + kSendSilence); break;
+            case State::ReadBody: c.deadline = patience(now_); break;
+            case State::Reply: c.deadline = std::max(patience(now_), now_ + kSendSilence); break;
             case State::Linger: c.deadline = now_ + kLingerSilence; break;
             case State::Run:  // the runner has one
             case State::Done: c.deadline = Time::max(); break;
@@ -2699,12 +2722,11 @@ private:
         Fd fd(room ? ::accept(listener.fd.get(), address, &size) : -1);
         if (fd) { set_flags(fd.get(), true); }
 #endif
-        if (!fd && room && (would_block() || errno == EINTR || errno == ECONNABORTED)) {
-            return !would_block();
-        }
+        const bool short_of =
+            errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM;
+        if (!fd && room && !short_of) { return !would_block(); }  // or what ails one connection
         if (!fd) {
-            if (room) { log(Level::Error, os_error("cannot accept").text); }
-            if (room) { shed(); }
+            if (room) { log(Level::Error, os_error("cannot accept").text), shed(); }
             accept_again_ = now_ + kTick;
             return false;
         }
@@ -2756,7 +2778,14 @@ private:
 
     /// Lets find_victim()'s choice go, with an answer if it has sent something.
     bool shed() {
-        Connection* victim = find_victim();
+        Connection* victim = nullptr;
+        while ((victim = find_victim()) != nullptr && victim->state < State::Ready) {
+            read_client(*victim);  // all of its request may lie in the kernel
+            const State state = victim->state;
+            if (state < State::Ready) { break; }
+            settle(*victim);
+            if (state == State::Done) { return true; }
+        }
         if (victim == nullptr) { return false; }
         if (victim->state == State::Reply) {
             expire(*victim);
@@ -3126,6 +3155,7 @@ private:
             slot.out = std::exchange(c.body, Spool());
             slot.out.prepend(head);
         }
+        slot.size = sent ? size : 0;
         begin_request(slot, &c);
         feed_runner(slot);
         return true;
@@ -3139,7 +3169,7 @@ private:
         slot.since = last_begin_ = now_;
         failures_ = 0;
         ++begun_;
-        extend_deadline(slot);
+        slot.deadline = patience(now_);
     }
 
     static Time take_back_at(const Slot& slot) {
@@ -3161,19 +3191,30 @@ private:
             }
             if (size < all) { return; }
             slot.ahead.pop_back();
-            if (client == nullptr) { continue; }
-            set_state(*client, State::Ready);
-            ready_.splice(ready_.begin(), ready_, std::prev(ready_.end()));
+            if (client != nullptr) { put_back(*client); }
         }
     }
 
-    /// A sign of life: the application gets `timeout` seconds from now.
-    void extend_deadline(Slot& slot) {
-        slot.deadline = config_.timeout > 0s ? now_ + config_.timeout : Time::max();
+    /// The same where the runner is lost: the present request, too, is the next one's if unread.
+    void take_back_all(Slot& slot) {
+        take_back(slot);
+        if (slot.current == nullptr || slot.size == 0 || !slot.pipe()) { return; }
+        const ssize_t n = read_some(slot.back[slot.index], buffer_, kMaxMessage);
+        if (n == static_cast<ssize_t>(slot.size)) {
+            put_back(*std::exchange(slot.current, nullptr));
+        }
+    }
+
+    /// To the front of the ready queue.
+    void put_back(Connection& c) {
+        set_state(c, State::Ready);
+        ready_.splice(ready_.begin(), ready_, std::prev(ready_.end()));
     }
 
     void feed_runner(Slot& slot) {
-        while (slot.pipe() && slot.out.size() > 0) {
+        while (slot.pipe() && (slot.out.size() > 0 || slot.gone)) {
+            // By itself: half of it would be taken for the start of the next frame.
+            if (slot.out.size() == 0) { slot.gone = false, slot.out.append("0:,", kPiece); }
             const ssize_t n = write_some(slot.pipe(), slot.out.front());
             if (n < 0 && !std::exchange(slot.full, true)) {
                 ::dup2(slot.pipe().get(), slot.copy.get());
@@ -3192,7 +3233,7 @@ private:
         const ssize_t n = read_some(slot.from, replies_, sizeof replies_);
         if (n < 0 && would_block()) { return false; }
         if (n <= 0) { return lose_slot(slot), false; }
-        if (slot.current != nullptr) { extend_deadline(slot); }
+        if (slot.current != nullptr) { slot.deadline = patience(now_); }
         string_view in(replies_, static_cast<size_t>(n)), piece;
         for (Event event; (event = slot.reader.next(in, piece)) != Event::NeedMore;) {
             const bool last = event == Event::End || event == Event::Failed;
@@ -3351,7 +3392,7 @@ private:
     /// Nobody waits for the response any more: the runner is told so.
     void abandon(Slot& slot) {
         slot.request = std::exchange(slot.current, nullptr)->request_line();
-        slot.out.append("0:,", kPiece);
+        slot.gone = true;
         feed_runner(slot);
     }
 
@@ -3362,10 +3403,11 @@ private:
         slot.out = Spool();  // with its file: this slot may rest for long
         slot.index = (slot.index + 1) % slot.to.size();
         if (!slot.ahead.empty()) {
+            slot.size = slot.ahead.front().size;
             begin_request(slot, slot.ahead.front().client);
             slot.request = std::move(slot.ahead.front().request);
             slot.ahead.erase(slot.ahead.begin());
-            if (slot.current == nullptr) { slot.out.append("0:,", kPiece); }
+            slot.gone = slot.current == nullptr;
             feed_runner(slot);
         } else {
             slot.busy = false;
@@ -3398,7 +3440,7 @@ private:
     void lose_slot(Slot& slot) {
         Runner& runner = *slot.runner;
         if (slot.busy || runner.phase != Phase::Retired) { runner.phase = Phase::Dying; }
-        take_back(slot);
+        take_back_all(slot);
         slot.close_requests();
         slot.from.reset();
         slot.deadline = Time::max();
@@ -3423,8 +3465,10 @@ private:
     /// successor serves. (The log says so in gunicorn's words for a dead worker; murder_workers()
     /// does, too.)
     void hung_app(Slot& slot) {
-        // Stalled: the client is slow, not the application.
-        if (stalled(slot)) { return extend_deadline(slot); }
+        if (stalled(slot)) {  // the client is slow, not the application
+            slot.deadline = patience(now_);
+            return;
+        }
         Runner& runner = *slot.runner;
         Connection* c = std::exchange(slot.current, nullptr);
         log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(runner.pid) + "): no answer for " +
@@ -3465,7 +3509,7 @@ private:
         runner.dead = true;
         for (Slot& slot : runner.slots) {
             while (slot.from && read_runner(slot)) {}  // what it still said counts
-            take_back(slot);
+            take_back_all(slot);
         }
         std::list<Runner> gone;
         gone.splice(gone.begin(), runners_, found);
@@ -3677,7 +3721,7 @@ private:
 
     /// The log files are new ones; only then do the workers open them, perhaps as another user.
     void handle_usr1() {
-        if (Error error = open_own_logs(config_)) { log(Level::Error, error.text); }
+        if (Error error = open_logs(config_)) { log(Level::Error, error.text); }
         for (const WorkerInfo& worker : workers_) { ::kill(worker.pid, SIGUSR1); }
     }
 
@@ -3711,8 +3755,9 @@ private:
         }
         ::setenv("LISTEN_FDS", to_string(count).c_str(), 1);
         ::setenv("LISTEN_PID", to_string(::getpid()).c_str(), 1);
-        const bool owner = find(listeners_, [](const Listener& l) { return !l.path.empty(); });
-        ::setenv("LISTEN_FDNAMES", owner ? "owned" : "", 1);
+        string inodes;
+        for (const Listener& each : listeners_) { inodes += to_string(each.inode) + ":"; }
+        ::setenv("LISTEN_FDNAMES", inodes.c_str(), 1);
         ::setenv("SERVER_UPGRADE", to_string(::getppid()).c_str(), 1);
         if (!config_.notify_socket.empty()) {
             ::setenv("NOTIFY_SOCKET", config_.notify_socket.c_str(), 1);
@@ -3766,10 +3811,11 @@ private:
         reload_at_ = Time::max();
         tell_ready_ = true;
         paused_ = false;
-        if (::chdir(config_.chdir.c_str()) < 0) {
+        next_directory_ = Fd(::open(config_.chdir.c_str(), O_RDONLY | O_CLOEXEC));
+        if (!next_directory_) {
             log(Level::Error, os_error("cannot change to " + config_.chdir).text);
         }
-        if (Error error = open_own_logs(config_)) { log(Level::Error, error.text); }
+        if (Error error = open_logs(config_)) { log(Level::Error, error.text); }
         for (WorkerInfo& worker : workers_) {
             if (worker.pid == canary_) { stop_worker(worker, SIGTERM); }
         }
@@ -3789,6 +3835,7 @@ private:
             worker.booted = ever_booted_ = true;
             if (worker.pid != canary_) { continue; }
             generation_ = worker.generation;
+            if (next_directory_) { directory_ = std::move(next_directory_); }
             canary_ = -1;
         }
     }
@@ -3890,6 +3937,11 @@ private:
         const pid_t pid = error ? -1 : ::fork();
         if (pid == 0) {
             workers_.clear();
+            const bool next = generation != generation_ && next_directory_;
+            if (next || directory_) {
+                (void)!::fchdir((next ? next_directory_ : directory_).get());
+            }
+            directory_.reset(), next_directory_.reset();
             Worker* worker = new Worker(config_, listeners_, queue_, tmp,
                                         std::move(g_self_pipe.second), arbiter, files_);
             ::_exit(worker->run());
@@ -3914,6 +3966,7 @@ private:
     int num_workers_;
     pid_t old_master_, reexec_pid_ = 0;  // another master that lives: our parent, or our child
     int generation_ = 0, newest_ = 0;    // the one that serves; the one last tried
+    Fd directory_, next_directory_;      // of these, once there was a reload
     pid_t canary_ = -1;
     int failures_ = 0, status_ = 0;
     bool stopping_ = false, ever_booted_ = false, aborting_ = false;
@@ -3933,8 +3986,10 @@ Error apply(Config& config, rlim_t& files) {
     if (config.threads > 1 && !config.runner.empty()) {
         return {1, "--threads is for Python: a --runner has one pair of pipes"};
     }
+    if (!config.chdir.empty() && ::chdir(config.chdir.c_str()) < 0) {
+        return os_error("cannot change to " + config.chdir);
+    }
     config.chdir = absolute(config.directory, config.chdir);
-    if (::chdir(config.chdir.c_str()) < 0) { return os_error("cannot change to " + config.chdir); }
     const auto variable = [](const char* name) {
         const char* value = std::getenv(name);
         return string(value != nullptr ? value : "");
@@ -3948,7 +4003,7 @@ Error apply(Config& config, rlim_t& files) {
         config.inherited = static_cast<int>(std::min<int64_t>(inherited, FD_SETSIZE / 2));
     }
     if (variable("SERVER_UPGRADE") == to_string(::getppid())) { config.old_master = ::getppid(); }
-    config.owns_sockets = config.old_master > 0 && variable("LISTEN_FDNAMES") == "owned";
+    if (config.old_master > 0) { config.inodes = variable("LISTEN_FDNAMES"); }
     for (const char* name : {"SERVER_UPGRADE", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
                              "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
         ::unsetenv(name);  // what is between systemd and this server
@@ -3982,10 +4037,10 @@ Error apply(Config& config, rlim_t& files) {
     if (Error error = resolve_user(config)) { return error; }
     if (Error error = check_pidfile(config, own_pidfile(config))) { return error; }
     if (config.errorlog.empty()) { config.errorlog = "-"; }
-    if (config.errorlog != "-") {  // the application, which opens it again, may change directories
-        config.errorlog = absolute(config.chdir, config.errorlog);
+    for (string* path : {&config.errorlog, &config.accesslog}) {  // for whoever opens them again
+        if (!path->empty() && *path != "-") { *path = absolute(config.chdir, *path); }
     }
-    if (Error error = open_own_logs(config)) { return error; }
+    if (Error error = open_logs(config)) { return error; }
     if (config.worker_connections > most) {
         const bool asked = config.worker_connections != Config{}.worker_connections;
         log(asked ? Level::Warning : Level::Info,
@@ -4020,20 +4075,25 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
     for (const string& text : config.bind) {
         if (Error error = parse_address(text, addresses.emplace_back())) { return error; }
     }
+    string_view inodes = config.inodes;
     for (int fd = 3; fd < 3 + config.inherited; ++fd) {
         Listener& made = listeners.emplace_back();
         if (Error error = describe(Fd(fd), made)) { return error; }
-        if (config.owns_sockets) { own_path(made); }
+        int64_t inode = 0;
+        if (parse_number(cut(inodes, ':'), inode) && inode > 0) { own_path(made); }
+        if (made.inode != static_cast<ino_t>(inode)) { made.path.clear(); }
     }
+    if (config.check_config || config.inherited > 0) { return {}; }
     for (const Address& address : addresses) {
-        if (config.check_config || config.inherited > 0) { break; }
         Listener& made = listeners.emplace_back();
-        Error error = bind_address(address, config, made);
-        for (int tries = 0; error && errno == EADDRINUSE && tries < 4; ++tries) {
-            ::usleep(500000);  // the workers of a master that was killed go within a second
-            error = bind_address(address, config, made);
+        for (int tries = 0;; ++tries) {
+            errno = 0;
+            const Error error = bind_address(address, config, made);
+            if (!error) { break; }
+            if (errno != EADDRINUSE || tries == 4) { return error; }
+            fd_set none{};  // the workers of a master that was killed go within a second
+            wait_ready(-1, none, none, Clock::now() + 500ms);
         }
-        if (error) { return error; }
     }
     return {};
 }

@@ -4591,6 +4591,29 @@ TEST_CASE("a graceful stop finishes what was begun, and atexit handlers run") {
     CHECK_MESSAGE(count(server.log(), "Worker exiting (pid: ") == 2, server.log());
 }
 
+TEST_CASE("a graceful stop serves what the kernel holds, more than --worker-connections, too") {
+    Server server(kTools + R"py(
+def quick(environ, start_response):
+    time.sleep(0.01)
+    return reply(start_response, "quick")
+)py",
+                  {"-w", "1", "--worker-connections", "4"});
+    const pid_t worker = server.workers()[0];
+    ::kill(worker, SIGSTOP);  // it is a moment late
+    vector<Client> clients;
+    for (int i = 0; i < 60; ++i) {
+        clients.emplace_back(server);
+        clients.back().send(get_bytes("/quick"));
+    }
+    server.signal(SIGTERM);
+    CHECK(server.log_has("Handling signal: term"));
+    ::kill(worker, SIGCONT);
+    int good = 0;
+    for (Client& client : clients) { good += Reply(client.read_all()).body == "quick" ? 1 : 0; }
+    CHECK(good == 60);
+    CHECK(server.wait_end());
+}
+
 TEST_CASE("a server that is idle stops at once, gracefully or not") {
     for (const int number : {SIGTERM, SIGQUIT, SIGTERM, SIGINT}) {
         Server server(kHello);
@@ -5968,6 +5991,48 @@ def endless(environ, start_response):
     CHECK(contains(server.log(), "no answer for 2 s: POST /endless"));
 }
 
+TEST_CASE("what tells a runner that a client has gone is never torn in two") {
+    Server server(kTools + R"py(
+def slow(environ, start_response):
+    mark("slow")
+    wait("go")
+    os.unlink("go")
+    return reply(start_response, "slow")
+)py",
+                  {"-w", "1"});
+    const size_t piece = 65536;
+    size_t begun = 0;
+    for (const size_t last : {piece - 2, piece - 1, piece - 2, piece - 1}) {  // and then "0:,"
+        Client leaving(server);
+        leaving.send(http("POST /slow", "Content-Length: " + to_string(3 * piece + last) + "\r\n"));
+        for (int i = 0; i < 6; ++i) {
+            leaving.send(string(piece / 2, 'x'));
+            ::poll(nullptr, 0, 10);  // so that the server reads it by itself
+        }
+        leaving.send(string(last, 'x'));
+        REQUIRE(wait_file(server, "slow", ++begun));
+        leaving.reset();
+        REQUIRE(wait_for([&] { return count(server.access(), "POST /slow") == begun; }));
+        open_gate(server);
+        for (int i = 0; i < 10; ++i) { CHECK(get(server, "/hello").body == "hello"); }
+    }
+    CHECK_FALSE(contains(server.log(), "[ERROR]"));
+}
+
+TEST_CASE("a request that a dying runner has not read is the next one's") {
+    Server server(kTools, {"-w", "1"});
+    const pid_t worker = server.workers()[0], runner = server.runners()[0];
+    ::kill(runner, SIGSTOP);
+    Client client(server);
+    client.send(get_bytes("/hello"));
+    const string title = "/proc/" + to_string(worker) + "/cmdline";
+    REQUIRE(wait_for([&] { return contains(read_file(title), "GET /hello"); }));
+    ::kill(runner, SIGKILL);
+    CHECK(Reply(client.read_all()).body == "hello");
+    CHECK(server.log_has("Runner (pid:" + to_string(runner) + ") was ended by signal 9"));
+    CHECK_FALSE(contains(server.log(), "502 to"));
+}
+
 TEST_CASE("a response that an exception breaks off within a write costs no other request") {
     Server server(kTools + R"py(
 def alarm(number, frame):
@@ -7058,16 +7123,31 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
     CHECK(contains(run_to_end({"-u", "424242", "app:app"}).err, "'424242': name a group"));
     CHECK(run_to_end({"-u", "4294967296", "app:app"}).code == 1);
     CHECK(run_to_end({"-u", "4294967295", "app:app"}).code == 1);
-    const string target = dir.path + "/of_root", link = dir.path + "/link";
+    const string target = dir.path + "/of_root", hard = dir.path + "/hard",
+                 theirs = dir.path + "/theirs", root = dir.path + "/root";
     write_file(target, "");
-    for (const bool hard : {false, true}) {  // what the user could lead a log to stays root's
-        CAPTURE(hard);
-        ::unlink(link.c_str());
-        REQUIRE((hard ? ::link : ::symlink)(target.c_str(), link.c_str()) == 0);
-        const Ran ran = run_to_end({"-u", "nobody", "--error-logfile", link, "--check-config"});
-        CHECK(ran.code == (hard ? 4 : 1));
+    REQUIRE(::link(target.c_str(), hard.c_str()) == 0);
+    for (const string& made : {theirs, root}) { REQUIRE(::mkdir(made.c_str(), 0755) == 0); }
+    REQUIRE(::chown(theirs.c_str(), nobody.pw_uid, group) == 0);
+    REQUIRE(::symlink(target.c_str(), (theirs + "/link").c_str()) == 0);
+    REQUIRE(::symlink(root.c_str(), (theirs + "/logs").c_str()) == 0);
+    REQUIRE(::mkfifo((theirs + "/fifo").c_str(), 0666) == 0);
+    const struct {
+        string log;
+        int code;  // 4: accepted, but the application cannot be loaded
+    } logs[] = {{theirs + "/link", 1}, {theirs + "/logs/log", 1}, {theirs + "/fifo", 1},
+                {theirs + "/log", 4},  {root + "/log", 4},        {hard, 4}};
+    for (const auto& row : logs) {  // what the user could lead a log to stays root's
+        CAPTURE(row.log);
+        for (const string option : {"--error-logfile", "--access-logfile"}) {
+            const Ran ran = run_to_end({"-u", "nobody", option, row.log, "--check-config"});
+            CHECK(ran.code == row.code);
+        }
         CHECK((owner(target) == std::make_pair(uid_t{0}, gid_t{0})));
     }
+    CHECK((owner(theirs + "/log") == expected));
+    CHECK((owner(root + "/log") == expected));
+    CHECK_FALSE(exists(root + "/link"));
     const string left = dir.path + "/left";
     CHECK(run_to_end({"-p", "/nonexistent/pid", "-b", "unix:" + left, "app:app"}).code == 1);
     CHECK_FALSE(exists(left));
@@ -7076,7 +7156,7 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
 TEST_CASE("a reload goes to what the name of its directory stands for by then") {
     const TempDir dir;
     const string current = dir.path + "/current", next = dir.path + "/next";
-    for (const char* release : {"one", "two"}) {
+    for (const char* release : {"one", "two", "bad"}) {
         REQUIRE(::mkdir((dir.path + "/" + release).c_str(), 0755) == 0);
         write_file(dir.path + "/" + release + "/app.py",
                    kTools +
@@ -7084,6 +7164,7 @@ TEST_CASE("a reload goes to what the name of its directory stands for by then") 
                        "start_response, '" +
                        release + " ' + os.getcwd()[-3:])\n");
     }
+    write_file(dir.path + "/bad/app.py", "no python");
     const auto point_at = [&](const char* release) {
         REQUIRE(::symlink(release, next.c_str()) == 0);
         REQUIRE(::rename(next.c_str(), current.c_str()) == 0);
@@ -7100,6 +7181,16 @@ TEST_CASE("a reload goes to what the name of its directory stands for by then") 
         point_at("two");
         server.signal(SIGHUP);
         CHECK(wait_for([&] { return get(server, "/release").body == "two two"; }));
+        point_at("bad");  // and a worker that replaces one that serves is like that
+        server.signal(SIGHUP);
+        CHECK(server.log_has("Reload failed"));
+        const vector<pid_t> before = server.workers();
+        for (const pid_t pid : before) { ::kill(pid, SIGKILL); }
+        CHECK(wait_for([&] {
+            const vector<pid_t> now = server.workers();
+            return now.size() == 2 && !has_pid(now, before[0]) && !has_pid(now, before[1]);
+        }));
+        CHECK(get(server, "/release").body == "two two");
     }
 }
 
@@ -7530,6 +7621,27 @@ TEST_CASE("sys.exit() of the application: 502 in the main thread as ever, 500 in
     CHECK(Reply(quits.read_all()).status == 502);
     CHECK(server.log_has("exited with status 1: GET /quit HTTP/1.1"));
     CHECK(get(server, "/hello").body == "hello");
+}
+
+TEST_CASE("sys.exit() in close() of a response takes no thread away") {
+    Server server(kThreads + R"py(
+class Exits:
+    def __iter__(self):
+        return iter([b"ok"])
+    def close(self):
+        sys.exit("closed")
+def exits(environ, start_response):
+    start_response("200 OK", [("Content-Length", "2")])
+    return Exits()
+)py",
+                  {"-w", "1", "--threads", "2", "-t", "3"});
+    vector<Client> first = start_stays(server, {"first"});  // in the slot of the main thread
+    CHECK(get(server, "/exits").body == "ok");
+    CHECK(server.log_has("SystemExit: closed"));
+    vector<Client> second = start_stays(server, {"second"});
+    let_go(server, {"first", "second"});
+    CHECK(Reply(first[0].read_all()).body == "first");
+    CHECK(Reply(second[0].read_all()).body == "second");
 }
 
 TEST_CASE("runners with threads are recycled: nothing fails, nothing waits for a long request") {
@@ -8269,28 +8381,34 @@ def env(environ, start_response):
     CHECK(count(heard, "STOPPING") == 1);
 }
 
-TEST_CASE("the file of a unix socket that systemd made stays, also after an upgrade") {
-    const TempDir dir;
-    const string path = dir.path + "/s";
-    const Fd socket = bind_unix_socket(path, true);
-    Server::before_exec = [&] {
-        ::dup2(socket.get(), 100);
-        ::dup2(100, 3);
-        ::setenv("LISTEN_PID", to_string(::getpid()).c_str(), 1);
-        ::setenv("LISTEN_FDS", "1", 1);
-    };
-    Server server(kHello, {"-b", "unix:" + path});
-    Server::before_exec = nullptr;
-    server.signal(SIGUSR2);
-    REQUIRE(wait_for([&] { return masters_of(server).size() == 1; }));
-    const pid_t heir = masters_of(server)[0];
-    REQUIRE(wait_for([&] { return server.ready_workers(heir) == 2; }));
-    server.signal(SIGTERM);
-    REQUIRE(server.wait_end());
-    CHECK(request_unix(path, get_bytes("/")).body == "hello\n");
-    ::kill(heir, SIGTERM);
-    CHECK(wait_for([&] { return !alive(heir); }));
-    CHECK(exists(path));
+TEST_CASE("the file of a unix socket that another made stays, also after an upgrade") {
+    for (const bool systemd : {true, false}) {
+        CAPTURE(systemd);
+        const TempDir dir;
+        const string path = dir.path + "/s", own = dir.path + "/own";
+        const Fd socket = bind_unix_socket(path, true);
+        Server::before_exec = [&] {
+            ::dup2(socket.get(), 100);
+            ::dup2(100, 3);
+            ::setenv("LISTEN_PID", systemd ? to_string(::getpid()).c_str() : "", 1);
+            ::setenv("LISTEN_FDS", "1", 1);
+        };
+        Server server(kHello, {"-b", systemd ? "unix:" + path : "fd://3", "-b", "unix:" + own});
+        Server::before_exec = nullptr;
+        CHECK(exists(own) != systemd);
+        server.signal(SIGUSR2);
+        REQUIRE(wait_for([&] { return masters_of(server).size() == 1; }));
+        const pid_t heir = masters_of(server)[0];
+        REQUIRE(wait_for([&] { return server.ready_workers(heir) == 2; }));
+        server.signal(SIGTERM);
+        REQUIRE(server.wait_end());
+        CHECK(request_unix(path, get_bytes("/")).body == "hello\n");
+        CHECK(exists(own) != systemd);
+        ::kill(heir, SIGTERM);
+        CHECK(wait_for([&] { return !alive(heir); }));
+        CHECK(exists(path));
+        CHECK_FALSE(exists(own));
+    }
 }
 
 TEST_SUITE_END();
