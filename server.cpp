@@ -791,10 +791,21 @@ Error open_log(const Config& config, const string& path, int standard, Fd& file)
                                 has_say(config, directory.substr(0, directory.size() - 1)) ||
                                 has_say(config, real));
     const int flags = O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | (other ? O_NONBLOCK : 0);
-    if (other) { (void)!::setegid(config.gid), (void)!::seteuid(config.uid); }
+    const gid_t group = ::getegid();
+    std::vector<gid_t> groups(static_cast<size_t>(std::max(::getgroups(0, nullptr), 0)));
+    (void)!::getgroups(static_cast<int>(groups.size()), groups.data());
+    if (other) {
+        (void)!::setgroups(1, &config.gid);
+        (void)!::setegid(config.gid);
+        (void)!::seteuid(config.uid);
+    }
     Fd fd(path == "-" ? ::fcntl(standard, F_DUPFD_CLOEXEC, 0) : ::open(path.c_str(), flags, 0666));
     const Error error = fd ? Error{} : os_error("cannot open the log " + path);
-    if (other) { (void)!::seteuid(0), (void)!::setegid(0); }
+    if (other) {
+        (void)!::seteuid(0);
+        (void)!::setegid(group);
+        (void)!::setgroups(groups.size(), groups.data());
+    }
     if (error) { return error; }
     if (root && !other) { give_away(config, fd); }
     file = raise_fd(std::move(fd));
@@ -3199,6 +3210,9 @@ private:
     void take_back_all(Slot& slot) {
         take_back(slot);
         if (slot.current == nullptr || slot.size == 0 || !slot.pipe()) { return; }
+        if (!slot.current->app_head.empty()) {
+            return;
+        }  // who does not read can answer all the same
         const ssize_t n = read_some(slot.back[slot.index], buffer_, kMaxMessage);
         if (n == static_cast<ssize_t>(slot.size)) {
             put_back(*std::exchange(slot.current, nullptr));

@@ -6033,6 +6033,16 @@ TEST_CASE("a request that a dying runner has not read is the next one's") {
     CHECK_FALSE(contains(server.log(), "502 to"));
 }
 
+TEST_CASE("a runner that answers without reading, and dies midway, has answered once") {
+    const Server server("",
+                        {"-w", "1", "--runner",
+                         "sh -c 'printf 0:,; sleep 0.5; printf \"20:Status: 200 OK\n\nhalf,\"'"});
+    const Reply reply = get(server);
+    CHECK(reply.status == 200);
+    CHECK_FALSE(reply.whole);
+    CHECK(count(reply.raw, "HTTP/1.1") == 1);
+}
+
 TEST_CASE("a response that an exception breaks off within a write costs no other request") {
     Server server(kTools + R"py(
 def alarm(number, frame):
