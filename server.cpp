@@ -19,7 +19,7 @@
 //
 //   Signal      arbiter                                      worker
 //   TERM        graceful stop: USR2 to all workers           serve what was accepted, then leave
-//   USR1        open the logs again                          the same; the runner, at a request
+//   USR1        open the logs again                          the same; the runner, once idle
 //   USR2        upgrade: a new master beside this one        as TERM, and empty the ready queue
 //   INT, QUIT   stop within a second                         leave at once
 //   HUP         reload: new workers, then TERM to the old    ignored
