@@ -422,7 +422,7 @@ void block_signals(bool block) {
     ::sigprocmask(SIG_SETMASK, &set, nullptr);
 }
 
-/// The next signal that has arrived, 0 for a mere wake-up, -1 if there is none.
+/// The next signal that has arrived, -1 if there is none.
 int next_signal() {
     char byte;
     return ::read(g_self_pipe.first.get(), &byte, 1) == 1 ? byte : -1;
@@ -2388,7 +2388,7 @@ ssize_t exchange_message(const Fd& queue, bool send, char* data, size_t size, in
 // ============================================================================
 //  10. Worker: one select loop between clients, the ready queue and the runner
 // ============================================================================
-constexpr char kReload = 127;        // a worker to the arbiter: a file of the application changed
+constexpr char kReload = 1;          // a worker to the arbiter: a file of the application changed
 constexpr auto kGather = 1200ms;     // how long the arbiter waits for more of them
 constexpr auto kTick = 100ms;        // how exact a deadline is
 constexpr auto kColdDelay = 20ms;    // how long select() may leave out who was silent for a tick
@@ -3642,8 +3642,8 @@ private:
 // ============================================================================
 //  11. Arbiter: the master process
 //
-//  It never reads a request. Its loop sleeps on the self-pipe, handles one signal at a time, and
-//  then makes the workers what they should be; nothing in it waits for a worker.
+//  It never reads a request. Its loop sleeps on the self-pipe and on what workers say, handles one
+//  signal at a time, and then makes the workers what they should be; it never waits for a worker.
 // ============================================================================
 struct WorkerInfo {
     pid_t pid;
@@ -3668,19 +3668,26 @@ public:
         while (!stopping_ || !workers_.empty()) {
             manage_workers();
             fd_set reads{}, writes{};
-            FD_SET(g_self_pipe.first.get(), &reads);
+            for (const Pair* each : {&g_self_pipe, &workers_say_}) {
+                FD_SET(each->first.get(), &reads);
+            }
             const Time until = now_ + (stopping_ || aborting_ ? kTick : 1000ms);
             wait_ready(
-                g_self_pipe.first.get(), reads, writes,
+                std::max(g_self_pipe.first.get(), workers_say_.first.get()), reads, writes,
                 spawn_again_ > now_ ? std::min(until, spawn_again_) : std::min(until, reload_at_));
             const Time before = std::exchange(now_, Clock::now());
             if (now_ > before + 1500ms) {  // we were stopped: silence of the workers proves nothing
                 for (WorkerInfo& worker : workers_) { worker.last_change = now_; }
             }
             for (int number; (number = next_signal()) >= 0;) { handle_signal(number); }
+            char said[64];
+            const ssize_t n = read_some(workers_say_.first, said, sizeof said);
+            if (n > 0 && std::memchr(said, kReload, static_cast<size_t>(n)) != nullptr) {
+                reload_at_ = std::min(reload_at_, now_ + kGather);
+            }
             reap_workers();
             murder_workers();
-            if (now_ >= reload_at_) { handle_hup(); }
+            if (now_ >= reload_at_ && !stopping_) { handle_hup(); }
             maybe_promote_master();
         }
         reap_workers();
@@ -3706,7 +3713,9 @@ private:
         if (::socketpair(AF_UNIX, SOCK_DGRAM, 0, fds) < 0) { return os_error("no ready queue"); }
         queue_ = {Fd(fds[0]), Fd(fds[1])};
         for (const int fd : fds) { set_flags(fd, true); }
-        if (Error error = make_pipe(g_self_pipe, true)) { return error; }
+        for (Pair* each : {&g_self_pipe, &workers_say_}) {
+            if (Error error = make_pipe(*each, true)) { return error; }
+        }
         set_signals({SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGCHLD, SIGUSR1, SIGUSR2,
                      SIGWINCH},
                     on_signal);
@@ -3715,7 +3724,6 @@ private:
     }
 
     void handle_signal(int number) {
-        if (number == kReload && !stopping_) { reload_at_ = std::min(reload_at_, now_ + kGather); }
         static constexpr std::pair<int, const char*> kNames[] = {
             {SIGHUP, "hup"},   {SIGINT, "int"},   {SIGQUIT, "quit"},
             {SIGTERM, "term"}, {SIGTTIN, "ttin"}, {SIGTTOU, "ttou"},
@@ -3808,6 +3816,13 @@ private:
         for (WorkerInfo& worker : workers_) { stop_worker(worker, number); }
     }
 
+    /// At the start: no worker would boot.
+    void give_up(int code) {
+        status_ = code;
+        reason_ = code == kAppLoadError ? "App failed to load." : "Worker failed to boot.";
+        halt(SIGQUIT);
+    }
+
     void stop_worker(WorkerInfo& worker, int number) const {
         const Clock::duration quick = 700ms, graceful = config_.graceful_timeout;
         worker.stop_by = std::min(worker.stop_by, now_ + (number == SIGQUIT ? quick : graceful));
@@ -3896,9 +3911,7 @@ private:
     /// crash loop does not spin.
     void worker_lost(const WorkerInfo& worker, int code) {
         if (!ever_booted_ && (code == kWorkerBootError || code == kAppLoadError)) {
-            status_ = code;
-            reason_ = code == kAppLoadError ? "App failed to load." : "Worker failed to boot.";
-            return halt(SIGQUIT);
+            return give_up(code);
         }
         if (worker.pid == canary_) {
             canary_ = -1;
@@ -3955,9 +3968,9 @@ private:
             if (next || directory_) {
                 (void)!::fchdir((next ? next_directory_ : directory_).get());
             }
-            directory_.reset(), next_directory_.reset();
+            directory_.reset(), next_directory_.reset(), workers_say_.first.reset();
             Worker* worker = new Worker(config_, listeners_, queue_, tmp,
-                                        std::move(g_self_pipe.second), arbiter, files_);
+                                        std::move(workers_say_.second), arbiter, files_);
             ::_exit(worker->run());
         }
         if (!error && pid < 0) { error = os_error("cannot fork"); }
@@ -3965,6 +3978,7 @@ private:
         if (error) {
             log(Level::Error, "No new worker: " + error.text);
             spawn_again_ = now_ + 1s;
+            if (!ever_booted_) { give_up(kWorkerBootError); }
             return -1;
         }
         workers_.push_back({pid, generation, std::move(tmp), now_, now_});
@@ -3975,7 +3989,7 @@ private:
     std::vector<Listener> listeners_;
     const rlim_t files_;
     string pidfile_;
-    Pair queue_;
+    Pair queue_, workers_say_;  // not through the self-pipe: they could send signals of any kind
     std::vector<WorkerInfo> workers_;
     int num_workers_;
     pid_t old_master_, reexec_pid_ = 0;  // another master that lives: our parent, or our child
