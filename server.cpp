@@ -757,15 +757,43 @@ void log(Level level, const string& text) {
                                           "\n");
 }
 
-/// Whether the user of the workers has a say in what a file of this directory is. In a sticky one,
-/// as /tmp is, not over what is root's.
+/// Root with the rights of --user, until it goes.
+class AsUser {
+public:
+    explicit AsUser(const Config& config) : group_(::getegid()) {
+        groups_.resize(static_cast<size_t>(std::max(::getgroups(0, nullptr), 0)));
+        (void)!::getgroups(static_cast<int>(groups_.size()), groups_.data());
+        (void)!(config.user.empty() ? ::setgroups(1, &config.gid)
+                                    : ::initgroups(config.user.c_str(), config.gid));
+        (void)!::setegid(config.gid);
+        (void)!::seteuid(config.uid);
+    }
+    AsUser(const AsUser&) = delete;
+    AsUser& operator=(const AsUser&) = delete;
+    ~AsUser() {
+        (void)!::seteuid(0);
+        (void)!::setegid(group_);
+        (void)!::setgroups(groups_.size(), groups_.data());
+    }
+
+private:
+    gid_t group_;
+    std::vector<gid_t> groups_;
+};
+
+/// Whether --user has a say in what a directory is: where a symbolic link is on the way, or he may
+/// write to one above it. To a sticky one, as /tmp is, he may; but what is in it is not his.
 bool has_say(const Config& config, string directory) {
-    struct stat info {};
+    char real[PATH_MAX] = "";
+    (void)!::realpath((directory + "/").c_str(), real);
+    if (real != (directory.empty() ? "/" : directory)) { return true; }
+    const AsUser user(config);
     for (bool last = true; !directory.empty(); last = false) {
-        if (::stat(directory.c_str(), &info) < 0 || info.st_uid == config.uid) { return true; }
-        const mode_t bits = S_IWOTH | (info.st_gid == config.gid ? S_IWGRP : 0);
+        struct stat info {};
+        const bool seen = ::stat(directory.c_str(), &info) == 0;
+        const bool writes = ::faccessat(AT_FDCWD, directory.c_str(), W_OK, AT_EACCESS) == 0;
         const bool sticky = !last && (info.st_mode & S_ISVTX) != 0;
-        if ((info.st_mode & bits) != 0 && !sticky) { return true; }
+        if (seen && (info.st_uid == config.uid || (writes && !sticky))) { return true; }
         directory.resize(directory.rfind('/'));
     }
     return false;
@@ -784,31 +812,27 @@ void give_away(const Config& config, const Fd& file) {
 /// gives it to --user, or opens it as that user, who could else lead it to a file of root's.
 Error open_log(const Config& config, const string& path, int standard, Fd& file) {
     if (path.empty()) { return {}; }
-    const string directory = path.substr(0, path.rfind('/') + 1);
-    char real[PATH_MAX] = "";
-    const bool root = ::geteuid() == 0 && config.uid != 0 && path != "-";
-    const bool other = root && (::realpath(directory.c_str(), real) == nullptr ||
-                                has_say(config, directory.substr(0, directory.size() - 1)) ||
-                                has_say(config, real));
-    const int flags = O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | (other ? O_NONBLOCK : 0);
-    const gid_t group = ::getegid();
-    std::vector<gid_t> groups(static_cast<size_t>(std::max(::getgroups(0, nullptr), 0)));
-    (void)!::getgroups(static_cast<int>(groups.size()), groups.data());
+    const string directory = path.substr(0, path.rfind('/'));
+    const bool root = ::geteuid() == 0 && config.uid != 0 && path != "-" && directory != "/dev";
+    const bool other = root && has_say(config, directory);
+    const auto open = [&](int more) {
+        const int flags = O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | more;
+        file = raise_fd(Fd(path == "-" ? ::fcntl(standard, F_DUPFD_CLOEXEC, 0)
+                                       : ::open(path.c_str(), flags, 0666)));
+    };
+    Fd before = std::move(file);
     if (other) {
-        (void)!::setgroups(1, &config.gid);
-        (void)!::setegid(config.gid);
-        (void)!::seteuid(config.uid);
+        const AsUser user(config);
+        open(O_NONBLOCK);
+    } else {
+        open(root ? O_NOFOLLOW : 0);
     }
-    Fd fd(path == "-" ? ::fcntl(standard, F_DUPFD_CLOEXEC, 0) : ::open(path.c_str(), flags, 0666));
-    const Error error = fd ? Error{} : os_error("cannot open the log " + path);
-    if (other) {
-        (void)!::seteuid(0);
-        (void)!::setegid(group);
-        (void)!::setgroups(groups.size(), groups.data());
+    if (!file) {
+        const Error error = os_error("cannot open the log " + path);
+        file = std::move(before);
+        return error;
     }
-    if (error) { return error; }
-    if (root && !other) { give_away(config, fd); }
-    file = raise_fd(std::move(fd));
+    if (root && !other) { give_away(config, file); }
     return {};
 }
 
@@ -2051,7 +2075,7 @@ def main(name, paths, software, files, threads, *fds):
         slot.failures = BaseException  # sys.exit() would end the thread, and nobody would know
         threads.append(threading.Thread(target=slot.serve, args=(base,), daemon=True))
         threads[-1].start()
-    if app:
+    if app is not None:
         slots[0].write([b"0:,"])
     slots[0].serve(base)
     for thread in threads:
@@ -2196,6 +2220,9 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     (void)resize_pipe(replies.first, 1 << 18);
     set_flags(replies.first.get(), true);
     slot.from = std::move(replies.first);
+    if (std::max(slot.copy.get(), slot.from.get()) >= FD_SETSIZE) {
+        return {1, "too many descriptors for another runner"};
+    }
     ends.push_back(raise_fd(std::move(replies.second)));
     return {};
 }
@@ -2637,7 +2664,8 @@ private:
             if (over || now_ >= runner.kill_at) { end_runner(runner); }
             if (!has_work()) { dismiss(runner); }
         }
-        const bool wanted = runners_in(Phase::Retired) + runners_in(Phase::Hung) == runners_.size();
+        const bool alone = runners_.size() == 1 && runners_in(Phase::Hung) == 1;  // never three
+        const bool wanted = alone || runners_in(Phase::Retired) == runners_.size();
         if (wanted && now_ >= restart_at_ && has_work()) {
             if (Error error = boot_runner()) { log(Level::Error, error.text); }
         }
@@ -2722,7 +2750,8 @@ private:
     /// listeners are left alone for a moment, so as not to spin around them.
     bool accept_client(const Listener& listener) {
         const bool full = connected_ >= config_.worker_connections;
-        const bool room = !full || find_victim() != nullptr;
+        Connection* victim = full ? choose_victim() : nullptr;
+        const bool room = !full || victim != nullptr;
         sockaddr_storage peer{};
         socklen_t size = sizeof peer;
         const auto address = reinterpret_cast<sockaddr*>(&peer);
@@ -2741,7 +2770,7 @@ private:
             accept_again_ = now_ + kTick;
             return false;
         }
-        if (full) { shed(); }
+        if (full) { drop(*victim); }
         Connection* c = adopt(std::move(fd));
         if (c == nullptr) { return false; }
         address_text(peer, c->ends.peer, c->ends.peer_port);
@@ -2787,26 +2816,33 @@ private:
         return victim;
     }
 
-    /// Lets find_victim()'s choice go, with an answer if it has sent something.
-    bool shed() {
-        Connection* victim = nullptr;
-        while ((victim = find_victim()) != nullptr && victim->state < State::Ready) {
-            read_client(*victim);  // all of its request may lie in the kernel
-            const State state = victim->state;
-            if (state < State::Ready) { break; }
-            settle(*victim);
-            if (state == State::Done) { return true; }
-        }
-        if (victim == nullptr) { return false; }
-        if (victim->state == State::Reply) {
-            expire(*victim);
-        } else if (victim->state != State::Linger && !victim->pass.silent) {
-            refuse(*victim, {503, "too many connections"});
-            (void)read_some(victim->socket, buffer_, kPiece);  // unread bytes would reset it
-        }
-        set_state(*victim, State::Done);
+    /// find_victim()'s choice, unless what lies in the kernel completes its request: then null.
+    Connection* choose_victim() {
+        Connection* victim = find_victim();
+        if (victim == nullptr || victim->state >= State::Ready) { return victim; }
+        read_client(*victim);
+        const bool unfinished = victim->state < State::Ready;
         settle(*victim);
-        return true;
+        return unfinished ? victim : nullptr;
+    }
+
+    /// Lets a victim go, with an answer if it has sent something.
+    void drop(Connection& c) {
+        if (c.state == State::Reply) {
+            expire(c);
+        } else if (c.state != State::Linger && !c.pass.silent) {
+            refuse(c, {503, "too many connections"});
+            (void)read_some(c.socket, buffer_, kPiece);  // unread bytes would reset it
+        }
+        set_state(c, State::Done);
+        settle(c);
+    }
+
+    /// Makes room for one more; false where nobody can go.
+    bool shed() {
+        Connection* victim = choose_victim();
+        if (victim != nullptr) { drop(*victim); }
+        return victim != nullptr;
     }
 
     /// Reads what a client sent, and lets its state say what that means.
@@ -3178,7 +3214,6 @@ private:
         slot.busy = true;
         slot.answered = false;
         slot.since = last_begin_ = now_;
-        failures_ = 0;
         ++begun_;
         slot.deadline = patience(now_);
     }
@@ -3214,9 +3249,9 @@ private:
             return;
         }  // who does not read can answer all the same
         const ssize_t n = read_some(slot.back[slot.index], buffer_, kMaxMessage);
-        if (n == static_cast<ssize_t>(slot.size)) {
-            put_back(*std::exchange(slot.current, nullptr));
-        }
+        if (n != static_cast<ssize_t>(slot.size)) { return; }
+        slot.busy = false;
+        put_back(*std::exchange(slot.current, nullptr));
     }
 
     /// To the front of the ready queue.
@@ -3373,6 +3408,7 @@ private:
     void end_turn(Slot& slot, bool good) {
         if (slot.runner->phase == Phase::Booting) { return runner_ready(*slot.runner); }
         slot.answered = true;
+        failures_ = 0;
         const auto took = std::max<Clock::duration>(now_ - slot.since, 1us);
         slot.ahead_limit = std::min(slot.to.size() - 1, static_cast<size_t>(kAhead / took));
         end_reply(slot, good);
@@ -3476,8 +3512,8 @@ private:
     }
 
     /// Not a byte for `timeout` seconds. What runs in other slots has as long again to end, while a
-    /// successor serves. (The log says so in gunicorn's words for a dead worker; murder_workers()
-    /// does, too.)
+    /// successor serves; or kKillDelay, where another runner has yet to leave. (The log says so in
+    /// gunicorn's words for a dead worker; murder_workers() does, too.)
     void hung_app(Slot& slot) {
         if (stalled(slot)) {  // the client is slow, not the application
             slot.deadline = patience(now_);
@@ -3488,10 +3524,12 @@ private:
         log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(runner.pid) + "): no answer for " +
                                  get<&Config::timeout>(config_) +
                                  " s: " + escape(c != nullptr ? c->request_line() : slot.request));
-        if (runner.signal == 0) { runner.phase = Phase::Hung; }
+        if (runner.signal == 0 && std::exchange(runner.phase, Phase::Hung) != Phase::Hung) {
+            kill_runner_after(runner,
+                              runners_.size() > 1 ? Clock::duration(kKillDelay) : config_.timeout);
+        }
         slot.deadline = Time::max();
         take_back(slot);
-        kill_runner_after(runner, config_.timeout);
         if (c != nullptr) { end_response(*c, false, {504, "the application did not answer"}); }
     }
 
@@ -3535,6 +3573,7 @@ private:
             lost.push_back(c);
             (lines += lines.empty() ? ": " : ", ") += escape(c->request_line());
         };
+        if (runner.busy()) { failures_ = 0; }  // it has ended over a request
         for (const Slot& slot : runner.slots) {
             lose(slot.current);
             for (const Ahead& each : slot.ahead) { lose(each.client); }
@@ -4109,7 +4148,7 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
         if (Error error = describe(Fd(fd), made)) { return error; }
         int64_t inode = 0;
         if (parse_number(cut(inodes, ':'), inode) && inode > 0) { own_path(made); }
-        if (made.inode != static_cast<ino_t>(inode)) { made.path.clear(); }
+        if (made.inode != static_cast<ino_t>(inode)) { made.path.clear(), made.inode = 0; }
     }
     if (config.check_config || config.inherited > 0) { return {}; }
     for (const Address& address : addresses) {

@@ -6033,6 +6033,13 @@ TEST_CASE("a request that a dying runner has not read is the next one's") {
     CHECK_FALSE(contains(server.log(), "502 to"));
 }
 
+TEST_CASE("a request that no runner reads is not the reason to start ever more of them") {
+    const Server server("", {"-w", "1", "-t", "3", "--runner",
+                             "sh -c 'printf x >>starts; printf 0:,; exec sleep 0.02'"});
+    CHECK(get(server).status == 503);
+    CHECK(read_file(server.dir.path + "/starts").size() < 8);
+}
+
 TEST_CASE("a runner that answers without reading, and dies midway, has answered once") {
     const Server server("",
                         {"-w", "1", "--runner",
@@ -6144,6 +6151,14 @@ def ticks(environ, start_response):  # as a profiler does
     CHECK(reply.whole);
     CHECK((reply.body == all));
     CHECK(post(server, "/hello", all).body == "hello");
+}
+
+TEST_CASE("an application that counts as false is one all the same") {
+    const Server server(
+        "class Empty(dict):\n    def __call__(self, environ, start_response):\n"
+        "        start_response('200 OK', [])\n        return [b'ok']\n"
+        "app = Empty()\n");
+    CHECK(get(server).body == "ok");
 }
 
 TEST_CASE("the forms in which an application can be named") {
@@ -7142,11 +7157,15 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
     REQUIRE(::symlink(target.c_str(), (theirs + "/link").c_str()) == 0);
     REQUIRE(::symlink(root.c_str(), (theirs + "/logs").c_str()) == 0);
     REQUIRE(::mkfifo((theirs + "/fifo").c_str(), 0666) == 0);
+    REQUIRE(::symlink((theirs + "/link").c_str(), (root + "/link").c_str()) == 0);
+    REQUIRE(::symlink((theirs + "/logs").c_str(), (dir.path + "/logs").c_str()) == 0);
     const struct {
         string log;
         int code;  // 4: accepted, but the application cannot be loaded
-    } logs[] = {{theirs + "/link", 1}, {theirs + "/logs/log", 1}, {theirs + "/fifo", 1},
-                {theirs + "/log", 4},  {root + "/log", 4},        {hard, 4}};
+    } logs[] = {{theirs + "/link", 1},       {theirs + "/logs/log", 1},
+                {theirs + "/fifo", 1},       {root + "/link", 1},
+                {dir.path + "/logs/log", 1}, {theirs + "/log", 4},
+                {root + "/log", 4},          {hard, 4}};
     for (const auto& row : logs) {  // what the user could lead a log to stays root's
         CAPTURE(row.log);
         for (const string option : {"--error-logfile", "--access-logfile"}) {
@@ -7157,7 +7176,9 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
     }
     CHECK((owner(theirs + "/log") == expected));
     CHECK((owner(root + "/log") == expected));
-    CHECK_FALSE(exists(root + "/link"));
+    REQUIRE(::chown(root.c_str(), 0, 4) == 0);  // group adm
+    REQUIRE(::chmod(root.c_str(), 0775) == 0);
+    CHECK(run_to_end({"-u", "nobody", "--error-logfile", root + "/2", "--check-config"}).code == 4);
     const string left = dir.path + "/left";
     CHECK(run_to_end({"-p", "/nonexistent/pid", "-b", "unix:" + left, "app:app"}).code == 1);
     CHECK_FALSE(exists(left));
