@@ -231,7 +231,7 @@ string current_directory() {
     const bool same = shell != nullptr && *shell == '/' && ::stat(shell, &named) == 0 &&
                       ::stat(".", &here) == 0 && named.st_dev == here.st_dev &&
                       named.st_ino == here.st_ino;
-    return same ? shell : ::getcwd(path, sizeof path) != nullptr ? path : "/";
+    return same ? shell : ::realpath(".", path) != nullptr ? path : "/";
 }
 
 /// A path as seen from a directory.
@@ -447,9 +447,11 @@ void wait_ready(int max_fd, fd_set& reads, fd_set& writes, Time until) {
 //  A default is written once, in Config; an option once, in kOptions. Parsing, --help and
 //  --print-config all walk that table. Names and meanings are gunicorn's.
 // ============================================================================
+constexpr int kConnections = 1000;  // the default, which is also looked at later
+
 struct Config {
     string app = "app_example:app", worker_class = "sync";
-    int workers = 2, threads = 1, backlog = 2048, worker_connections = 1000;
+    int workers = 2, threads = 1, backlog = 2048, worker_connections = kConnections;
     int max_requests = 0, max_requests_jitter = 0;
     int limit_request_line = 4094, limit_request_fields = 100, limit_request_field_size = 8190;
     int64_t limit_request_body = int64_t{1} << 30;
@@ -719,7 +721,7 @@ string show_config(const Config& config) {
     string text = "app                       = " + config.app;
     for (const Option& o : kOptions) {
         string name(o.name());
-        name.resize(std::max<size_t>(name.size(), 25), ' ');
+        while (name.size() < 25) { name += ' '; }
         if (o.get != nullptr) { text += "\n" + name + " = " + o.get(config); }
     }
     return text;
@@ -757,12 +759,11 @@ void log(Level level, const string& text) {
                                           "\n");
 }
 
-/// Root with the rights of --user, until it goes.
+/// Root with the rights of --user until it goes, or else nothing.
 class AsUser {
 public:
-    explicit AsUser(const Config& config) : group_(::getegid()) {
-        groups_.resize(static_cast<size_t>(std::max(::getgroups(0, nullptr), 0)));
-        (void)!::getgroups(static_cast<int>(groups_.size()), groups_.data());
+    AsUser(const Config& config, bool change) : changed_(change) {
+        if (!change) { return; }
         (void)!(config.user.empty() ? ::setgroups(1, &config.gid)
                                     : ::initgroups(config.user.c_str(), config.gid));
         (void)!::setegid(config.gid);
@@ -771,14 +772,16 @@ public:
     AsUser(const AsUser&) = delete;
     AsUser& operator=(const AsUser&) = delete;
     ~AsUser() {
+        if (!changed_) { return; }
         (void)!::seteuid(0);
         (void)!::setegid(group_);
-        (void)!::setgroups(groups_.size(), groups_.data());
+        (void)!::setgroups(static_cast<size_t>(count_), groups_);
     }
 
 private:
-    gid_t group_;
-    std::vector<gid_t> groups_;
+    const bool changed_;
+    gid_t group_ = ::getegid(), groups_[NGROUPS_MAX];
+    int count_ = std::max(::getgroups(NGROUPS_MAX, groups_), 0);
 };
 
 /// Whether --user has a say in what a directory is: where a symbolic link is on the way, or he may
@@ -787,7 +790,7 @@ bool has_say(const Config& config, string directory) {
     char real[PATH_MAX] = "";
     (void)!::realpath((directory + "/").c_str(), real);
     if (real != (directory.empty() ? "/" : directory)) { return true; }
-    const AsUser user(config);
+    const AsUser user(config, true);
     for (bool last = true; !directory.empty(); last = false) {
         struct stat info {};
         const bool seen = ::stat(directory.c_str(), &info) == 0;
@@ -815,24 +818,14 @@ Error open_log(const Config& config, const string& path, int standard, Fd& file)
     const string directory = path.substr(0, path.rfind('/'));
     const bool root = ::geteuid() == 0 && config.uid != 0 && path != "-" && directory != "/dev";
     const bool other = root && has_say(config, directory);
-    const auto open = [&](int more) {
-        const int flags = O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | more;
-        file = raise_fd(Fd(path == "-" ? ::fcntl(standard, F_DUPFD_CLOEXEC, 0)
-                                       : ::open(path.c_str(), flags, 0666)));
-    };
-    Fd before = std::move(file);
-    if (other) {
-        const AsUser user(config);
-        open(O_NONBLOCK);
-    } else {
-        open(root ? O_NOFOLLOW : 0);
-    }
-    if (!file) {
-        const Error error = os_error("cannot open the log " + path);
-        file = std::move(before);
-        return error;
-    }
-    if (root && !other) { give_away(config, file); }
+    const int more = other ? O_NONBLOCK : root ? O_NOFOLLOW : 0;
+    const AsUser user(config, other);
+    Fd made(path == "-"
+                ? ::fcntl(standard, F_DUPFD_CLOEXEC, 0)
+                : ::open(path.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | more, 0666));
+    if (!made) { return os_error("cannot open the log " + path); }
+    if (root && !other) { give_away(config, made); }
+    file = raise_fd(std::move(made));
     return {};
 }
 
@@ -1264,7 +1257,7 @@ void set_title(const Config& config, const char* role, const string& what = "") 
     if (what.empty()) { ::prctl(PR_SET_NAME, title.c_str()); }
 #endif
     if (!what.empty()) { title += " " + what; }
-    title.resize(config.title_size - 1, '\0');
+    title.resize(config.title_size - 1);
     std::memcpy(config.title, title.data(), title.size());
 }
 
@@ -4094,7 +4087,7 @@ Error apply(Config& config, rlim_t& files) {
     most = std::max(1, most);
     files = std::max(files, std::min<rlim_t>(limit, static_cast<rlim_t>(8 * config.threads + 20)));
     if (config.worker_tmp_dir.empty()) {  // a disk that stalls must not look like a dead worker
-        const bool shm = ::access("/dev/shm", W_OK | X_OK) == 0;
+        const bool shm = ::faccessat(AT_FDCWD, "/dev/shm", W_OK | X_OK, AT_EACCESS) == 0;
         config.worker_tmp_dir = shm ? "/dev/shm" : temp_dir();
     }
     Fd probe;
@@ -4109,7 +4102,7 @@ Error apply(Config& config, rlim_t& files) {
     }
     if (Error error = open_logs(config)) { return error; }
     if (config.worker_connections > most) {
-        const bool asked = config.worker_connections != Config{}.worker_connections;
+        const bool asked = config.worker_connections != kConnections;
         log(asked ? Level::Warning : Level::Info,
             "--worker-connections lowered from " + to_string(config.worker_connections) + " to " +
                 to_string(most) + ", which is what fits");
