@@ -770,7 +770,6 @@ public:
         (void)!::seteuid(config.uid);
     }
     AsUser(const AsUser&) = delete;
-    AsUser& operator=(const AsUser&) = delete;
     ~AsUser() {
         if (!changed_) { return; }
         (void)!::seteuid(0);
@@ -3238,9 +3237,8 @@ private:
     void take_back_all(Slot& slot) {
         take_back(slot);
         if (slot.current == nullptr || slot.size == 0 || !slot.pipe()) { return; }
-        if (!slot.current->app_head.empty()) {
-            return;
-        }  // who does not read can answer all the same
+        const bool begun = !slot.current->app_head.empty();  // it may answer without reading
+        if (begun) { return; }
         const ssize_t n = read_some(slot.back[slot.index], buffer_, kMaxMessage);
         if (n != static_cast<ssize_t>(slot.size)) { return; }
         slot.busy = false;
@@ -3599,14 +3597,14 @@ private:
     /// With --reload: wakes the arbiter if a file is another than the second before. The runner
     /// adds names to its list, and never takes one away.
     void watch_files() {
-        Runner* serving = find(runners_, [](const Runner& each) {
+        Runner* runner = find(runners_, [](const Runner& each) {
             return each.phase == Phase::Serving || each.phase == Phase::Booting;
         });
-        if (serving == nullptr) { return; }
+        if (runner == nullptr) { return; }
         Strings names = config_.reload_extra_files;
         string list;
         ssize_t n = 0;
-        while ((n = ::pread(serving->files.get(), buffer_, kPiece,
+        while ((n = ::pread(runner->files.get(), buffer_, kPiece,
                             static_cast<off_t>(list.size()))) > 0) {
             list.append(buffer_, static_cast<size_t>(n));
         }
@@ -3615,12 +3613,12 @@ private:
         for (size_t i = 0; i < names.size(); ++i) {
             struct stat info {};
             if (::stat(names[i].c_str(), &info) < 0) { continue; }  // an editor replaces it
-            if (i >= serving->watched.size()) { serving->watched.resize(i + 1); }
+            if (i >= runner->watched.size()) { runner->watched.resize(i + 1); }
             const int64_t modified = nanoseconds(info.st_mtim);
-            const int64_t before = std::exchange(serving->watched[i], modified);
+            const int64_t before = std::exchange(runner->watched[i], modified);
             const bool future = info.st_mtim.tv_sec > std::time(nullptr);
             const bool other =
-                before != 0 ? modified != before : modified > serving->started && !future;
+                before != 0 ? modified != before : modified > runner->started && !future;
             if (other) { changed = names[i]; }
         }
         if (changed.empty()) { return; }
@@ -3719,7 +3717,7 @@ public:
             }
             reap_workers();
             murder_workers();
-            if (now_ >= reload_at_ && !stopping_) { handle_hup(); }
+            if (now_ >= reload_at_) { handle_hup(); }
             maybe_promote_master();
         }
         reap_workers();
@@ -3763,7 +3761,7 @@ private:
         for (const auto& [each, name] : kNames) {
             if (each == number) { log(Level::Info, string("Handling signal: ") + name); }
         }
-        if (number == SIGHUP && !stopping_) { handle_hup(); }
+        if (number == SIGHUP) { handle_hup(); }
         if (number == SIGTERM && !stopping_) { halt(SIGUSR2); }
         if (number == SIGINT || number == SIGQUIT) { halt(SIGQUIT); }
         if (number == SIGUSR1) { handle_usr1(); }
@@ -3866,10 +3864,11 @@ private:
     /// then the old ones go (read_heartbeats, manage_workers); if it fails they stay (worker_lost).
     /// The logs are opened again, too, and the directory is what its name stands for now.
     void handle_hup() {
+        reload_at_ = Time::max();
+        if (stopping_) { return; }
         log(Level::Info, "Hang up: Master");
         const auto now = std::chrono::duration_cast<microseconds>(now_.time_since_epoch());
         notify_systemd(config_, "RELOADING=1\nMONOTONIC_USEC=" + to_string(now.count()));
-        reload_at_ = Time::max();
         tell_ready_ = true;
         paused_ = false;
         next_directory_ = Fd(::open(config_.chdir.c_str(), O_RDONLY | O_CLOEXEC));

@@ -4454,6 +4454,12 @@ def gate(environ, start_response):
 
 def leave(environ, start_response):
     os._exit(7)
+
+def endless(environ, start_response):
+    start_response("200 OK", [])
+    while True:
+        yield b"more"
+        time.sleep(0.01)
 )py";
 
 /// Waits for a file that the application makes; `size` bytes at least.
@@ -5975,14 +5981,7 @@ TEST_CASE("a large body that nobody reads costs no other request, however its ow
 }
 
 TEST_CASE("who leaves a stream, its body unread, has the runner no longer than the timeout") {
-    Server server(kTools + R"py(
-def endless(environ, start_response):
-    start_response("200 OK", [])
-    while True:
-        yield b"more"
-        time.sleep(0.01)
-)py",
-                  {"-w", "1", "-t", "2"});
+    Server server(kTools, {"-w", "1", "-t", "2"});
     Client leaving(server);
     leaving.send(post_bytes("/endless", string(300'000, 'x'), false));
     leaving.read_until([](const string& t) { return contains(t, "more"); });
@@ -7516,14 +7515,7 @@ TEST_CASE("requests that take about a millisecond run once each in threads, too"
 }
 
 TEST_CASE("a hung slot costs the runner; what runs in other slots has the timeout to end") {
-    Server server(kThreads + R"py(
-def endless(environ, start_response):
-    start_response("200 OK", [])
-    while True:
-        yield b"more"
-        time.sleep(0.01)
-)py",
-                  {"-w", "1", "--threads", "4", "-t", "2"});
+    Server server(kThreads, {"-w", "1", "--threads", "4", "-t", "2"});
     const pid_t runner = server.runners()[0];
     const Time start = Clock::now();
     Client hung(server), endless(server);
