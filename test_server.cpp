@@ -5091,7 +5091,7 @@ def hang(environ, start_response):
     busy.send(get_bytes("/gate"));
     REQUIRE(wait_file(server, "hung"));
     REQUIRE(wait_file(server, "at_gate"));
-    CHECK(processes_with(server.mark).size() == 8);
+    CHECK(wait_for([&] { return processes_with(server.mark).size() == 8; }));
     server.signal(SIGKILL);
     CHECK(server.wait_end());
     CHECK(wait_for([&] { return processes_with(server.mark).empty(); }, 3s));
