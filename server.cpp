@@ -615,7 +615,8 @@ constexpr Option kOptions[] = {
     row<&C::max_requests, 0>("--max-requests N: then a new runner; 0: never"),
     row<&C::max_requests_jitter, 0>("--max-requests-jitter N: at random, up to N more"),
     row<&C::limit_request_line, 0, kMiB>("--limit-request-line BYTES: 0: 1 MiB"),
-    row<&C::limit_request_fields, 1, 32768>("--limit-request-fields N: most header fields"),
+    row<&C::limit_request_fields, 0, 32768>(
+        "--limit-request-fields N: most header fields; 0: 32768"),
     row<&C::limit_request_field_size, 0, kMiB>(
         "--limit-request-field_size BYTES: longest header field; 0: the default"),
     row<&C::limit_request_body, 0, INT64_MAX>("--limit-request-body BYTES: 0: no limit"),
@@ -676,6 +677,12 @@ Error parse_option(Config& config, const std::vector<const char*>& args, size_t&
 /// Settings from the environment and, stronger, the arguments. A code of 2: not understood.
 Error parse_command_line(const std::vector<const char*>& args, Config& config) {
     const char *count = std::getenv("WEB_CONCURRENCY"), *port = std::getenv("PORT");
+    const char* proxies = std::getenv("FORWARDED_ALLOW_IPS");
+    if (proxies != nullptr) {
+        const Error error = check_networks(proxies);
+        if (error) { return {1, "$FORWARDED_ALLOW_IPS: " + error.text}; }
+        config.forwarded_allow_ips = proxies;
+    }
     if (count != nullptr && *count != '\0') {
         const Error error = set_workers(config, count);
         if (error) { return {1, "$WEB_CONCURRENCY: " + error.text}; }
@@ -699,6 +706,7 @@ Error parse_command_line(const std::vector<const char*>& args, Config& config) {
     }
     const int field_size = Config{}.limit_request_field_size;
     if (config.limit_request_field_size == 0) { config.limit_request_field_size = field_size; }
+    if (config.limit_request_fields == 0) { config.limit_request_fields = 32768; }
     return {};
 }
 
@@ -1290,6 +1298,7 @@ struct Request {
     string fields;                             // an environ block; repeated ones are joined
     int64_t length = -1;                       // Content-Length; -1: none
     bool chunked = false, expect_continue = false;
+    int https = 0, http = 0;  // fields of proxies that say it was, or was not
 };
 
 bool is_alnum(char c) { return is_digit(c) || (lower(c) >= 'a' && lower(c) <= 'z'); }
@@ -1355,6 +1364,10 @@ bool split_field(string_view line, string_view& name, string_view& value) {
 
 /// What a parser has got from the bytes so far.
 enum class Parse { NeedMore, Head, Data, Done, Bad };
+
+/// What proxies say of a client that came by https; any other value: it did not.
+constexpr const char* kSecure[][2] = {
+    {"x-forwarded-proto", "https"}, {"x-forwarded-protocol", "ssl"}, {"x-forwarded-ssl", "on"}};
 
 /// Reads one request, line by line, and its body by its framing.
 class RequestParser {
@@ -1515,6 +1528,9 @@ private:
             const bool good = r.length < 0 && parse_number(value, r.length);
             return good ? Error{} : Error{400, "not one good Content-Length"};
         }
+        for (const auto& [proxy_field, yes] : kSecure) {
+            if (is(proxy_field)) { ++(value == yes ? r.https : r.http); }
+        }
         if (is_host_field && !is_host(value)) { return {400, "not a host"}; }
         if (is_host_field && !r.host.empty()) { value = r.host; }  // that of the target counts
         const string key = environ_name(name);
@@ -1663,19 +1679,6 @@ Parse take_proxy_header(string_view& in, Endpoints& ends) {
     return Parse::Done;
 }
 
-/// What a proxy said of the scheme: "https", "http", or "" where its fields contradict each other.
-string forwarded_scheme(const Request& r) {
-    static constexpr const char* kSecure[][2] = {{"HTTP_X_FORWARDED_PROTO", "https"},
-                                                 {"HTTP_X_FORWARDED_PROTOCOL", "ssl"},
-                                                 {"HTTP_X_FORWARDED_SSL", "on"}};
-    int yes = 0, no = 0;
-    for (const auto& [name, value] : kSecure) {
-        const string_view said = lookup(r.fields, name);
-        if (said.data() != nullptr) { ++(said == value ? yes : no); }
-    }
-    return yes > 0 && no > 0 ? "" : yes > 0 ? "https" : "http";
-}
-
 /// The environ block, NAME NUL value NUL …, CONTENT_LENGTH first (PEP 3333, SCGI).
 string make_environ(const Request& r, const Endpoints& ends, string_view scheme = "http") {
     const char* script = std::getenv("SCRIPT_NAME");
@@ -1689,6 +1692,7 @@ string make_environ(const Request& r, const Endpoints& ends, string_view scheme 
         const string_view host = lookup(r.fields, "HTTP_HOST");
         server = host.substr(0, host.find(':', host.rfind(']') + 1));
         port = host.substr(std::min(server.size() + 1, host.size()));
+        if (server.empty()) { server = "localhost"; }  // PEP 3333: never empty
     }
     const std::pair<const char*, string_view> variables[] = {
         {"REQUEST_METHOD", r.method},
@@ -1752,8 +1756,8 @@ Error parse_response(string_view head, Response& r) {
             (r.dropped += r.dropped.empty() ? "" : ", ") += name;
             continue;
         }
-        r.has_date = r.has_date || is("date");
-        r.has_server = r.has_server || is("server");
+        if (is("date") && std::exchange(r.has_date, true)) { continue; }
+        if (is("server") && std::exchange(r.has_server, true)) { continue; }
         (((r.fields += name) += ": ") += value) += "\r\n";
     }
     r.status = static_cast<int>(status);
@@ -1924,8 +1928,7 @@ class Slot:
 
     def take(self, size):
         """Some bytes of the body, `size` at most."""
-        if not self.pending:
-            self.more()
+        if not self.pending: self.more()
         data = self.pending[:min(size, self.left)]
         self.pending = self.pending[len(data):]
         self.left -= len(data)
@@ -1996,8 +1999,9 @@ class Slot:
                 report()
         self.end(response, parts, mark)
 
-def file_wrapper(file, block_size=65536):
-    return FileWrapper(file, max(block_size, 65536))  # smaller blocks cost time
+class file_wrapper(FileWrapper):
+    def __init__(self, filelike, blksize=65536):
+        super().__init__(filelike, max(blksize, 65536))  # smaller blocks cost time
 
 def list_files(list_fd, told, names=()):
     """With --reload: the files that modules come from, and others, each once."""
@@ -2064,7 +2068,7 @@ def main(name, paths, software, files, threads, *fds):
     threads = []
     for slot in slots[1:]:
         import threading  # which takes its time, too
-        slot.failures = BaseException  # sys.exit() would end the thread, and nobody would know
+        Slot.failures = BaseException  # sys.exit() would end the thread, or those beside it
         threads.append(threading.Thread(target=slot.serve, args=(base,), daemon=True))
         threads[-1].start()
     if app is not None:
@@ -2898,11 +2902,11 @@ private:
         const Request& request = c.parser.request;
         c.pass.minor = request.minor;
         c.pass.bodyless = request.method == "HEAD";
-        string scheme = forwarded_scheme(request);
-        const bool said = scheme != "http";
-        if (said && !is_listed(config_.forwarded_allow_ips, c.from)) { scheme = "http"; }
-        if (scheme.empty()) { return refuse(c, {400, "contradicting X-Forwarded fields"}); }
-        c.env = make_environ(request, c.ends, scheme);
+        const bool https = request.https > 0 && is_listed(config_.forwarded_allow_ips, c.from);
+        if (https && request.http > 0) {
+            return refuse(c, {400, "contradicting X-Forwarded fields"});
+        }
+        c.env = make_environ(request, c.ends, https ? "https" : "http");
         if (g_log.level == "debug") { log(Level::Debug, escape(c.request_line())); }
         c.taken = string();
         set_state(c, State::ReadBody);
