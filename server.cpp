@@ -2131,10 +2131,10 @@ enum class Phase { Booting, Serving, Retired, Hung, Dying };
 struct Connection;
 struct Runner;
 
-/// A request that lies in its pipe before its turn has come.
-struct Ahead {
+/// A request of a slot: the present one, or one that lies in its pipe before its turn has come.
+struct Turn {
     Connection* client;  // null: nobody waits for it any more
-    size_t size;         // bytes of its frame
+    size_t size;         // bytes of its frame, where that went into the pipe as a whole
     string request;      // its request line, once nobody waits
 };
 
@@ -2144,23 +2144,21 @@ struct Slot {
     std::vector<Fd> to, back;  // request pipes, used in turn; our reading ends of them
     Fd from;                   // the pipe of replies
     size_t index = 0;          // the pipe of the present request
-    size_t size = 0;           // bytes of its frame, where that went into the pipe as a whole
     Fd copy;                   // of that pipe, for select(), while it is full
     bool full = false;
     NetstringReader reader;
-    Spool out;                      // what it has not taken yet of its request
-    Connection* current = nullptr;  // null: nobody waits for this response any more
-    string request;                 // its request line, once nobody waits
-    bool busy = false;              // with a request
-    bool answered = false;          // its end frame has come
-    bool gone = false;              // it has to be told that its client has
-    std::vector<Ahead> ahead;       // in the pipes that come next
-    size_t ahead_limit = 0;         // how many these may be: about kAhead of work
-    size_t ahead_bytes = kPiece;    // bytes that each may have
-    Time since{};                   // when the request went out
-    Time deadline = Time::max();    // to hear of it again
+    Spool out;                // what it has not taken yet of its request
+    bool answered = false;    // its end frame has come
+    bool gone = false;        // it has to be told that its client has
+    std::vector<Turn> turns;  // the present request, and those ahead in the pipes that come next
+    size_t ahead_limit = 0;   // how many these may be: about kAhead of work
+    size_t ahead_bytes = kPiece;  // bytes that each may have
+    Time since{};                 // when the request went out
+    Time deadline = Time::max();  // to hear of it again
 
     const Fd& pipe() const { return to[index]; }
+    bool busy() const { return !turns.empty(); }
+    Connection* current() const { return busy() ? turns.front().client : nullptr; }
 
     void close_requests() {
         for (std::vector<Fd>* ends : {&to, &back}) {
@@ -2185,11 +2183,11 @@ struct Runner {
     int64_t started = 0;           // before it loaded any, on the clock of files
 
     bool busy() const {
-        return find(slots, [](const Slot& slot) { return slot.busy; }) != nullptr;
+        return find(slots, [](const Slot& slot) { return slot.busy(); }) != nullptr;
     }
 
     bool awaited() const {
-        return find(slots, [](const Slot& slot) { return slot.current != nullptr; }) != nullptr;
+        return find(slots, [](const Slot& slot) { return slot.current() != nullptr; }) != nullptr;
     }
 
     void close_requests() {
@@ -2502,7 +2500,7 @@ private:
     /// Tells a runner where the error log is, as soon as it would read that.
     void tell_log(Runner& runner) {
         Slot& slot = runner.slots[0];
-        if (!runner.new_log || slot.busy || runner.phase != Phase::Serving) { return; }
+        if (!runner.new_log || slot.busy() || runner.phase != Phase::Serving) { return; }
         runner.new_log = false;
         slot.out.append(netstring(config_.errorlog), kReplyMemory);
         feed_runner(slot);
@@ -2574,11 +2572,11 @@ private:
     /// What ps tells of this process while it sleeps; query strings are nobody's business.
     void show_title() {
         const Slot* busy = nullptr;
-        each_slot([&](const Slot& slot) { busy = slot.busy ? &slot : busy; });
+        each_slot([&](const Slot& slot) { busy = slot.busy() ? &slot : busy; });
         const uint64_t state = 2 * begun_ + (busy != nullptr ? 1 : 0);
         if (!booted_ || std::exchange(shown_, state) == state) { return; }
         if (busy == nullptr) { return set_title(config_, "worker", "idle"); }
-        const string line = busy->current ? busy->current->request_line() : busy->request;
+        const string line = request_line(busy->turns.front());
         set_title(config_, "worker", line.substr(0, std::min(line.find('?'), line.rfind(' '))));
     }
 
@@ -2611,7 +2609,7 @@ private:
             dispatch();
             if (booted_ && wants_request()) { accept_clients(); }
             Slot* slot = nullptr;  // whose request went out just now
-            each_slot([&](Slot& each) { slot = each.busy && each.since == now_ ? &each : slot; });
+            each_slot([&](Slot& each) { slot = each.busy() && each.since == now_ ? &each : slot; });
             if (slot == nullptr) { return; }
             bool heard = false;
             for (int tries = 0; tries < 3 && slot->from && !heard; ++tries) {
@@ -2991,13 +2989,10 @@ private:
             write_access(c, c.response.status != 0 ? c.response.status : 499);
         }
         each_slot([&](Slot& slot) {
-            if (slot.current == &c) { abandon(slot); }
-            const auto mine = [&c](const Ahead& each) { return each.client == &c; };
-            if (!find(slot.ahead, mine)) { return; }
-            take_back(slot);
-            for (Ahead& each : slot.ahead) {  // it has begun
-                if (mine(each)) { each.client = nullptr, each.request = c.request_line(); }
-            }
+            const auto mine = [&c](const Turn& turn) { return turn.client == &c; };
+            if (slot.current() == &c) { return abandon(slot); }
+            if (find(slot.turns, mine)) { take_back(slot); }
+            if (Turn* turn = find(slot.turns, mine)) { forget_client(*turn); }  // it has begun
         });
         set_state(c, State::Done);
     }
@@ -3138,17 +3133,16 @@ private:
     }
 
     static bool stalled(const Slot& slot) {
-        return slot.current != nullptr && slot.current->out.full();
+        return slot.current() != nullptr && slot.current()->out.full();
     }
 
     /// How many requests a slot would take now: what it runs next, and what lies ahead.
     size_t places(const Slot& slot) const {
         if (slot.runner->phase != Phase::Serving || slot.runner->dead) { return 0; }
-        if (!slot.busy) { return 1 + slot.ahead_limit; }
         const bool quick =
             !slot.answered && !slot.full && !slot.runner->new_log && now_ < slot.since + kAhead;
-        const size_t limit = quick ? slot.ahead_limit : 0;
-        return limit - std::min(limit, slot.ahead.size());
+        const size_t limit = 1 + (quick || !slot.busy() ? slot.ahead_limit : 0);
+        return limit - std::min(limit, slot.turns.size());
     }
 
     size_t places() {
@@ -3163,7 +3157,7 @@ private:
     Slot* find_slot() {
         Slot* found = nullptr;
         each_slot([&](Slot& slot) {
-            const bool better = found == nullptr || (found->busy && !slot.busy);
+            const bool better = found == nullptr || (found->busy() && !slot.busy());
             if (better && places(slot) > 0) { found = &slot; }
         });
         return found;
@@ -3171,7 +3165,7 @@ private:
 
     bool has_idle_slot() {
         const Slot* slot = find_slot();
-        return slot != nullptr && !slot->busy;
+        return slot != nullptr && !slot->busy();
     }
 
     /// Hands out what waits here, as far as runners want it.
@@ -3188,26 +3182,24 @@ private:
         const string head = netstring(c.env);
         const string_view body = c.body.newest();
         const size_t size = head.size() + body.size();
-        const size_t pipe = slot.index + (slot.busy ? slot.ahead.size() + 1 : 0);
+        const size_t pipe = slot.index + slot.turns.size();
         const bool fits = c.body.stored() == 0 && size <= slot.ahead_bytes;
         const bool sent = fits && write_both(slot.to[pipe % slot.to.size()], head, body) > 0;
-        if (slot.busy && !sent) { return false; }
+        if (slot.busy() && !sent) { return false; }
         set_state(c, State::Run);
-        if (slot.busy) { return slot.ahead.push_back({&c, size, ""}), true; }
+        slot.turns.push_back({&c, sent ? size : 0, ""});
+        if (slot.turns.size() > 1) { return true; }
         if (!sent) {
             slot.out = std::exchange(c.body, Spool());
             slot.out.prepend(head);
         }
-        slot.size = sent ? size : 0;
-        begin_request(slot, &c);
+        begin_request(slot);
         feed_runner(slot);
         return true;
     }
 
-    /// The slot is busy from now on with the request of `c`, null where nobody waits for it.
-    void begin_request(Slot& slot, Connection* c) {
-        slot.current = c;
-        slot.busy = true;
+    /// The slot is busy from now on with the first of its turns.
+    void begin_request(Slot& slot) {
         slot.answered = false;
         slot.since = last_begin_ = now_;
         ++begun_;
@@ -3215,44 +3207,31 @@ private:
     }
 
     static Time take_back_at(const Slot& slot) {
-        return slot.ahead.empty() || !slot.pipe() ? Time::max() : slot.since + kAhead;
+        return slot.turns.size() < 2 || !slot.pipe() ? Time::max() : slot.since + kAhead;
     }
 
-    /// Takes out again what lies ahead and the runner has not read, to wait here as it would have
-    /// without that. Of what it has read a part, which POSIX allows above PIPE_BUF, the rest goes
-    /// in again.
-    void take_back(Slot& slot) {
-        while (!slot.ahead.empty()) {
-            Connection* client = slot.ahead.back().client;
-            const size_t all = slot.ahead.back().size;
-            const size_t pipe = (slot.index + slot.ahead.size()) % slot.to.size();
+    /// Takes out again what lies ahead and the runner has not read, to wait here, in front, as it
+    /// would have without that. Of what it has read a part, which POSIX allows above PIPE_BUF, the
+    /// rest goes in again. Where the runner is lost, none is kept: the present request, too, is the
+    /// next one's if unread.
+    void take_back(Slot& slot, size_t keep = 1) {
+        while (slot.turns.size() > keep) {
+            Connection* client = slot.turns.back().client;
+            const size_t all = slot.turns.back().size;
+            const bool begun = client != nullptr && !client->app_head.empty();
+            if (all == 0 || begun) { return; }  // it may answer without reading
+            const size_t pipe = (slot.index + slot.turns.size() - 1) % slot.to.size();
             const ssize_t n = read_some(slot.back[pipe], buffer_, kMaxMessage);
             const size_t size = static_cast<size_t>(std::max<ssize_t>(n, 0));
             if (size < all && size > 0) {
                 (void)write_some(slot.to[pipe], string_view(buffer_, size));
             }
             if (size < all) { return; }
-            slot.ahead.pop_back();
-            if (client != nullptr) { put_back(*client); }
+            slot.turns.pop_back();
+            if (client == nullptr) { continue; }
+            set_state(*client, State::Ready);
+            ready_.splice(ready_.begin(), ready_, std::prev(ready_.end()));
         }
-    }
-
-    /// The same where the runner is lost: the present request, too, is the next one's if unread.
-    void take_back_all(Slot& slot) {
-        take_back(slot);
-        if (slot.current == nullptr || slot.size == 0 || !slot.pipe()) { return; }
-        const bool begun = !slot.current->app_head.empty();  // it may answer without reading
-        if (begun) { return; }
-        const ssize_t n = read_some(slot.back[slot.index], buffer_, kMaxMessage);
-        if (n != static_cast<ssize_t>(slot.size)) { return; }
-        slot.busy = false;
-        put_back(*std::exchange(slot.current, nullptr));
-    }
-
-    /// To the front of the ready queue.
-    void put_back(Connection& c) {
-        set_state(c, State::Ready);
-        ready_.splice(ready_.begin(), ready_, std::prev(ready_.end()));
     }
 
     void feed_runner(Slot& slot) {
@@ -3268,7 +3247,7 @@ private:
             slot.out.pop(static_cast<size_t>(n));
         }
         slot.full = false;
-        if (slot.busy && slot.answered && slot.pipe()) { end_request(slot); }
+        if (slot.busy() && slot.answered && slot.pipe()) { end_request(slot); }
     }
 
     /// Reads once what the runner says; false where there is nothing more to read.
@@ -3277,12 +3256,12 @@ private:
         const ssize_t n = read_some(slot.from, replies_, sizeof replies_);
         if (n < 0 && would_block()) { return false; }
         if (n <= 0) { return lose_slot(slot), false; }
-        if (slot.current != nullptr) { slot.deadline = patience(now_); }
+        if (slot.current() != nullptr) { slot.deadline = patience(now_); }
         string_view in(replies_, static_cast<size_t>(n)), piece;
         for (Event event; (event = slot.reader.next(in, piece)) != Event::NeedMore;) {
             const bool last = event == Event::End || event == Event::Failed;
-            const bool behind = last && !in.empty() && slot.ahead.empty();
-            if (event == Event::Bad || behind || (!slot.busy && event != Event::End)) {
+            const bool behind = last && !in.empty() && slot.turns.size() < 2;
+            if (event == Event::Bad || behind || (!slot.busy() && event != Event::End)) {
                 log(Level::Error,
                     "Runner (pid:" + to_string(slot.runner->pid) + ") broke the protocol");
                 lose_slot(slot);
@@ -3290,9 +3269,9 @@ private:
             }
             if (event == Event::Whole) { end_reply(slot, true); }
             if (last) { end_turn(slot, event == Event::End); }
-            if (event == Event::Piece && slot.current != nullptr) { take_reply(slot, piece); }
+            if (event == Event::Piece && slot.current() != nullptr) { take_reply(slot, piece); }
         }
-        Connection* c = slot.current;
+        Connection* c = slot.current();
         if (c == nullptr || c->state != State::Reply) { return true; }
         flush(*c);
         settle(*c);
@@ -3301,7 +3280,7 @@ private:
 
     /// A piece of the response. The application's head is checked before anything is sent.
     void take_reply(Slot& slot, string_view piece) {
-        Connection& c = *slot.current;
+        Connection& c = *slot.current();
         if (c.response.status != 0) { return reply_body(c, piece); }
         c.app_head += piece;
         const size_t end = c.app_head.find("\n\n");
@@ -3411,9 +3390,9 @@ private:
 
     /// The response is whole, or has failed; the runner may be at close() still.
     void end_reply(Slot& slot, bool good) {
-        Connection* c = std::exchange(slot.current, nullptr);
-        const bool busy = !slot.answered || slot.out.size() > 0;  // the slot, with this request
-        if (c != nullptr && busy) { slot.request = c->request_line(); }
+        Connection* c = slot.current();
+        const bool ends = slot.answered && slot.out.size() == 0 && slot.pipe();  // in feed_runner()
+        if (c != nullptr && !ends) { forget_client(slot.turns.front()); }
         feed_runner(slot);  // what lies ahead is the runner's before this client has its response
         if (c == nullptr) { return; }
         const bool cut = good && c->left > 0;
@@ -3436,9 +3415,18 @@ private:
 
     /// Nobody waits for the response any more: the runner is told so.
     void abandon(Slot& slot) {
-        slot.request = std::exchange(slot.current, nullptr)->request_line();
+        forget_client(slot.turns.front());
         slot.gone = true;
         feed_runner(slot);
+    }
+
+    static string request_line(const Turn& turn) {
+        return turn.client != nullptr ? turn.client->request_line() : turn.request;
+    }
+
+    static void forget_client(Turn& turn) {
+        turn.request = request_line(turn);
+        turn.client = nullptr;
     }
 
     /// The response has ended and the request has gone out entirely: the slot goes on with what
@@ -3447,15 +3435,12 @@ private:
         Runner& runner = *slot.runner;
         slot.out = Spool();  // with its file: this slot may rest for long
         slot.index = (slot.index + 1) % slot.to.size();
-        if (!slot.ahead.empty()) {
-            slot.size = slot.ahead.front().size;
-            begin_request(slot, slot.ahead.front().client);
-            slot.request = std::move(slot.ahead.front().request);
-            slot.ahead.erase(slot.ahead.begin());
-            slot.gone = slot.current == nullptr;
+        slot.turns.erase(slot.turns.begin());
+        if (slot.busy()) {
+            begin_request(slot);
+            slot.gone = slot.current() == nullptr;
             feed_runner(slot);
         } else {
-            slot.busy = false;
             slot.deadline = Time::max();
             tell_log(runner);
         }
@@ -3484,8 +3469,8 @@ private:
     /// other slots may still end.
     void lose_slot(Slot& slot) {
         Runner& runner = *slot.runner;
-        if (slot.busy || runner.phase != Phase::Retired) { runner.phase = Phase::Dying; }
-        take_back_all(slot);
+        if (slot.busy() || runner.phase != Phase::Retired) { runner.phase = Phase::Dying; }
+        take_back(slot, 0);
         slot.close_requests();
         slot.from.reset();
         slot.deadline = Time::max();
@@ -3515,10 +3500,11 @@ private:
             return;
         }
         Runner& runner = *slot.runner;
-        Connection* c = std::exchange(slot.current, nullptr);
+        Connection* c = slot.current();
+        forget_client(slot.turns.front());
         log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(runner.pid) + "): no answer for " +
                                  get<&Config::timeout>(config_) +
-                                 " s: " + escape(c != nullptr ? c->request_line() : slot.request));
+                                 " s: " + escape(slot.turns.front().request));
         if (runner.signal == 0 && std::exchange(runner.phase, Phase::Hung) != Phase::Hung) {
             kill_runner_after(runner,
                               runners_.size() > 1 ? Clock::duration(kKillDelay) : config_.timeout);
@@ -3556,22 +3542,20 @@ private:
         runner.dead = true;
         for (Slot& slot : runner.slots) {
             while (slot.from && read_runner(slot)) {}  // what it still said counts
-            take_back_all(slot);
+            take_back(slot, 0);
         }
         std::list<Runner> gone;
         gone.splice(gone.begin(), runners_, found);
         if (WIFSIGNALED(status)) { ::kill(-runner.pid, SIGKILL); }
         std::vector<Connection*> lost;
         string lines;
-        const auto lose = [&](Connection* c) {
-            if (c == nullptr) { return; }
-            lost.push_back(c);
-            (lines += lines.empty() ? ": " : ", ") += escape(c->request_line());
-        };
         if (runner.busy()) { failures_ = 0; }  // it has ended over a request
         for (const Slot& slot : runner.slots) {
-            lose(slot.current);
-            for (const Ahead& each : slot.ahead) { lose(each.client); }
+            for (const Turn& turn : slot.turns) {
+                if (turn.client == nullptr) { continue; }
+                lost.push_back(turn.client);
+                (lines += lines.empty() ? ": " : ", ") += escape(request_line(turn));
+            }
         }
         const bool expected = retired && status == 0;
         if ((has_work() && !expected) || (status != 0 && runner.signal == 0)) {
