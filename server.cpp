@@ -206,16 +206,17 @@ size_t resize_pipe(const Fd& fd, int bytes) {
 /// A pipe that is read blocking and written non-blocking, with a second, non-blocking reading end
 /// for who wrote to take it back: POSIX gives two readers flags of their own only where both have
 /// opened it, so it is a FIFO for a moment.
-Error make_fifo(string dir, Pair& made, Fd& back) {
+Error make_fifo(string dir, Pair& ours, Fd& theirs) {
     dir += "/server-XXXXXX";
     const bool made_dir = ::mkdtemp(dir.data()) != nullptr;
     const string path = dir + "/fifo";
     if (made_dir && ::mkfifo(path.c_str(), 0600) == 0) {
-        back = raise_fd(Fd(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)));
-        made.second = Fd(back ? ::open(path.c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC) : -1);
-        made.first = Fd(made.second ? ::open(path.c_str(), O_RDONLY | O_CLOEXEC) : -1);
+        ours.first = raise_fd(Fd(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)));
+        const int to = ours.first ? ::open(path.c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC) : -1;
+        ours.second = raise_fd(Fd(to));
+        if (ours.second) { theirs = raise_fd(Fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC))); }
     }
-    const Error error = made.first ? Error{} : os_error("no FIFO " + path);
+    const Error error = theirs ? Error{} : os_error("no FIFO " + path);
     ::unlink(path.c_str());
     if (made_dir) { ::rmdir(dir.c_str()); }
     return error;
@@ -2141,10 +2142,10 @@ struct Turn {
 /// A runner's pipes for one request at a time, and that request.
 struct Slot {
     Runner* runner = nullptr;
-    std::vector<Fd> to, back;  // request pipes, used in turn; our reading ends of them
-    Fd from;                   // the pipe of replies
-    size_t index = 0;          // the pipe of the present request
-    Fd copy;                   // of that pipe, for select(), while it is full
+    std::vector<Pair> pipes;  // of requests, used in turn
+    Fd from;                  // the pipe of replies
+    size_t index = 0;         // the pipe of the present request
+    Fd copy;                  // of that pipe, for select(), while it is full
     bool full = false;
     NetstringReader reader;
     Spool out;                // what it has not taken yet of its request
@@ -2156,14 +2157,13 @@ struct Slot {
     Time since{};                 // when the request went out
     Time deadline = Time::max();  // to hear of it again
 
-    const Fd& pipe() const { return to[index]; }
+    const Pair& pipe_of(size_t turn) const { return pipes[(index + turn) % pipes.size()]; }
+    const Fd& pipe() const { return pipes[index].second; }
     bool busy() const { return !turns.empty(); }
     Connection* current() const { return busy() ? turns.front().client : nullptr; }
 
     void close_requests() {
-        for (std::vector<Fd>* ends : {&to, &back}) {
-            for (Fd& end : *ends) { end.reset(); }
-        }
+        for (Pair& each : pipes) { each = {}; }
         copy.reset();
     }
 };
@@ -2198,14 +2198,12 @@ struct Runner {
 /// Makes the pipes of a slot; to `ends` go the runner's, those of requests and one of replies.
 Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     for (int i = 0; i < config.pipes; ++i) {
-        Pair requests;
-        Fd& back = slot.back.emplace_back();
-        Error error = make_fifo(config.worker_tmp_dir, requests, back);
-        if (error) { error = make_fifo(temp_dir(), requests, back); }  // as --user
+        Pair& ours = slot.pipes.emplace_back();
+        Fd& theirs = ends.emplace_back();
+        Error error = make_fifo(config.worker_tmp_dir, ours, theirs);
+        if (error) { error = make_fifo(temp_dir(), ours, theirs); }  // as --user
         if (error) { return error; }
-        slot.ahead_bytes = std::min(slot.ahead_bytes, resize_pipe(requests.first, kPiece));
-        slot.to.push_back(raise_fd(std::move(requests.second)));
-        ends.push_back(raise_fd(std::move(requests.first)));
+        slot.ahead_bytes = std::min(slot.ahead_bytes, resize_pipe(theirs, kPiece));
     }
     slot.copy.reset(::fcntl(slot.pipe().get(), F_DUPFD_CLOEXEC, 0));
     if (!slot.copy) { return os_error("cannot make a pipe"); }
@@ -3182,9 +3180,9 @@ private:
         const string head = netstring(c.env);
         const string_view body = c.body.newest();
         const size_t size = head.size() + body.size();
-        const size_t pipe = slot.index + slot.turns.size();
+        const Fd& pipe = slot.pipe_of(slot.turns.size()).second;
         const bool fits = c.body.stored() == 0 && size <= slot.ahead_bytes;
-        const bool sent = fits && write_both(slot.to[pipe % slot.to.size()], head, body) > 0;
+        const bool sent = fits && write_both(pipe, head, body) > 0;
         if (slot.busy() && !sent) { return false; }
         set_state(c, State::Run);
         slot.turns.push_back({&c, sent ? size : 0, ""});
@@ -3220,12 +3218,10 @@ private:
             const size_t all = slot.turns.back().size;
             const bool begun = client != nullptr && !client->app_head.empty();
             if (all == 0 || begun) { return; }  // it may answer without reading
-            const size_t pipe = (slot.index + slot.turns.size() - 1) % slot.to.size();
-            const ssize_t n = read_some(slot.back[pipe], buffer_, kMaxMessage);
+            const Pair& pipe = slot.pipe_of(slot.turns.size() - 1);
+            const ssize_t n = read_some(pipe.first, buffer_, kMaxMessage);
             const size_t size = static_cast<size_t>(std::max<ssize_t>(n, 0));
-            if (size < all && size > 0) {
-                (void)write_some(slot.to[pipe], string_view(buffer_, size));
-            }
+            if (size < all && size > 0) { (void)write_some(pipe.second, {buffer_, size}); }
             if (size < all) { return; }
             slot.turns.pop_back();
             if (client == nullptr) { continue; }
@@ -3384,7 +3380,7 @@ private:
         slot.answered = true;
         failures_ = 0;
         const auto took = std::max<Clock::duration>(now_ - slot.since, 1us);
-        slot.ahead_limit = std::min(slot.to.size() - 1, static_cast<size_t>(kAhead / took));
+        slot.ahead_limit = std::min(slot.pipes.size() - 1, static_cast<size_t>(kAhead / took));
         end_reply(slot, good);
     }
 
@@ -3434,7 +3430,7 @@ private:
     void end_request(Slot& slot) {
         Runner& runner = *slot.runner;
         slot.out = Spool();  // with its file: this slot may rest for long
-        slot.index = (slot.index + 1) % slot.to.size();
+        slot.index = (slot.index + 1) % slot.pipes.size();
         slot.turns.erase(slot.turns.begin());
         if (slot.busy()) {
             begin_request(slot);
@@ -4105,7 +4101,7 @@ int check_app(const Config& config, rlim_t files) {
     if (!error) { error = start_runner(config, runner, files); }
     if (error) { return log(Level::Error, error.text), kWorkerBootError; }
     Slot& slot = runner.slots[0];
-    for (const Fd* end : {&slot.to[0], &slot.from}) { ::fcntl(end->get(), F_SETFL, 0); }  // wait
+    for (const int fd : {slot.pipe().get(), slot.from.get()}) { ::fcntl(fd, F_SETFL, 0); }  // wait
     (void)write_all(slot.pipe(), slot.out.front());
     char byte = 0;
     const bool loaded = read_some(slot.from, &byte, 1) == 1;
