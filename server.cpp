@@ -2186,10 +2186,6 @@ struct Runner {
         return find(slots, [](const Slot& slot) { return slot.busy(); }) != nullptr;
     }
 
-    bool awaited() const {
-        return find(slots, [](const Slot& slot) { return slot.current() != nullptr; }) != nullptr;
-    }
-
     void close_requests() {
         for (Slot& slot : slots) { slot.close_requests(); }
     }
@@ -2652,7 +2648,8 @@ private:
             if (now_ >= slot.deadline) { hung_app(slot); }
         });
         for (Runner& runner : runners_) {
-            const bool over = runner.phase == Phase::Hung && !runner.awaited();
+            const auto awaited = [](const Slot& slot) { return slot.current() != nullptr; };
+            const bool over = runner.phase == Phase::Hung && !find(runner.slots, awaited);
             if (over || now_ >= runner.kill_at) { end_runner(runner); }
             if (!has_work()) { dismiss(runner); }
         }
@@ -3071,9 +3068,7 @@ private:
         c->unpack(string_view(buffer_, static_cast<size_t>(n)));
         const Passport& pass = c->pass;
         const bool lost = pass.stored > 0 && !file;  // no descriptor was free for it
-        if (!lost && pass.stored > 0) {
-            c->body.adopt_file(raise_fd(std::move(file)), pass.stored);
-        }
+        if (pass.stored > 0) { c->body.adopt_file(raise_fd(std::move(file)), pass.stored); }
         set_state(*c, pass.state);
         if (c->state != State::Ready) { resume(*c); }
         if (c->state <= State::Ready && !pass.eof) { read_client(*c); }  // more, or a reset?
@@ -3512,12 +3507,9 @@ private:
 
     /// No work is left for this runner: it leaves as any Python program does, or is killed.
     void dismiss(Runner& runner) {
-        const bool open = bool(runner.slots[0].pipe()), now = stop_ == Stop::Now;
-        const bool booting = runner.phase == Phase::Booting;
-        const Clock::duration quick = booting ? 0ms : kKillDelay / 2,
-                              slow = config_.graceful_timeout;
-        if (open || now) { kill_runner_after(runner, now || booting ? quick : slow); }
-        if (!open) { return; }
+        const bool booting = runner.phase == Phase::Booting, now = stop_ == Stop::Now;
+        kill_runner_after(runner, booting ? 0ms : now ? kKillDelay / 2 : config_.graceful_timeout);
+        if (!runner.slots[0].pipe()) { return; }
         dismissed_ = true;
         runner.close_requests();
         runner.phase = Phase::Dying;
