@@ -992,10 +992,10 @@ Error parse_address(string_view text, Address& a) {
 
 struct Listener {
     Fd fd;
-    string text, path;      // as in the log: http://127.0.0.1:8000; of a unix socket, to remove
+    string text, path;      // as in the log: http://127.0.0.1:8000; of a unix socket
     string host, port;      // SERVER_NAME and SERVER_PORT; empty on a unix socket
     bool wildcard = false;  // bound to all addresses: each connection has its own
-    ino_t inode = 0;        // of the path, while it is ours
+    ino_t inode = 0;        // of the path, where that is ours to remove
 };
 
 /// The numeric host and port of a socket address; both empty for a unix socket.
@@ -1033,20 +1033,18 @@ Error describe(Fd fd, Listener& made) {
     made.wildcard = made.host == (v6 ? "::" : "0.0.0.0");
     made.text = "http://" + (v6 ? "[" + made.host + "]" : made.host) + ":" + made.port;
     if (name.ss_family == AF_UNIX) {
-        made.text = string("unix:") + reinterpret_cast<const sockaddr_un&>(name).sun_path;
+        made.path = reinterpret_cast<const sockaddr_un&>(name).sun_path;
+        made.text = "unix:" + made.path;
     }
     set_flags(fd.get(), true);
     made.fd = std::move(fd);
     return {};
 }
 
-/// A unix socket's file is ours, to be removed at the end.
-void own_path(Listener& listener) {
+/// What tells our unix socket's file from another of that name; 0 if there is none.
+ino_t inode_of(const string& path) {
     struct stat info {};
-    const string path = listener.text.substr(5);
-    if (listener.text.substr(0, 5) != "unix:" || ::lstat(path.c_str(), &info) < 0) { return; }
-    listener.path = path;
-    listener.inode = info.st_ino;
+    return ::lstat(path.c_str(), &info) == 0 ? info.st_ino : 0;
 }
 
 /// Makes way for a unix socket: removes a stale one, never a live one or another kind of file.
@@ -1118,7 +1116,7 @@ Error bind_address(const Address& address, const Config& config, Listener& made)
         return os_error("cannot listen on " + address.text);
     }
     if (Error error = describe(std::move(fd), made)) { return error; }
-    own_path(made);
+    made.inode = inode_of(made.path);
     if (!made.path.empty() && ::geteuid() == 0) {
         (void)!::lchown(made.path.c_str(), config.uid, config.gid);
     }
@@ -1128,9 +1126,7 @@ Error bind_address(const Address& address, const Config& config, Listener& made)
 /// Removes the unix sockets that are still ours.
 void unlink_sockets(const std::vector<Listener>& listeners) {
     for (const Listener& each : listeners) {
-        struct stat info {};
-        if (each.path.empty() || ::lstat(each.path.c_str(), &info) < 0) { continue; }
-        if (info.st_ino == each.inode) { ::unlink(each.path.c_str()); }
+        if (each.inode != 0 && inode_of(each.path) == each.inode) { ::unlink(each.path.c_str()); }
     }
 }
 
@@ -4115,8 +4111,7 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
         Listener& made = listeners.emplace_back();
         if (Error error = describe(Fd(fd), made)) { return error; }
         int64_t inode = 0;
-        if (parse_number(cut(inodes, ':'), inode) && inode > 0) { own_path(made); }
-        if (made.inode != static_cast<ino_t>(inode)) { made.path.clear(), made.inode = 0; }
+        if (parse_number(cut(inodes, ':'), inode)) { made.inode = static_cast<ino_t>(inode); }
     }
     if (config.check_config || config.inherited > 0) { return {}; }
     for (const Address& address : addresses) {
