@@ -469,6 +469,7 @@ struct Config {
     int umask = 0;
     uid_t uid = 0;  // what --user and --group mean
     gid_t gid = 0;
+    rlim_t files = 0;      // the soft limit on descriptors as it was, for the application
     int pipes = 8;         // of requests, in each slot
     int inherited = 0;     // listening sockets from systemd, from descriptor 3 on
     string inodes;         // or from an old master: the files of those that it would remove
@@ -2214,7 +2215,7 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
 /// In the forked child: becomes the runner. Its ends of the pipes alone go with it: of the first
 /// slot as standard input and output, and for Python all of them, as they are.
 [[noreturn]] void exec_runner(const Config& config, const std::vector<Fd>& ends, const string& boot,
-                              pid_t worker, rlim_t files) {
+                              pid_t worker) {
     for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
     ::setpgid(0, 0);  // Ctrl-C is for the server; and what the application forks can be ended too
     set_signals({SIGTTOU}, SIG_IGN);  // it prints to the terminal, in the background though it is
@@ -2224,7 +2225,7 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     ::dup2(ends[0].get(), STDIN_FILENO);
     ::dup2(ends[static_cast<size_t>(config.pipes)].get(), STDOUT_FILENO);
     ::dup2(g_log.error_file.get(), STDERR_FILENO);
-    set_soft_limit(files);
+    set_soft_limit(config.files);
 #ifdef __linux__
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
 #endif
@@ -2243,8 +2244,8 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
 }
 
 /// Starts a runner, which imports the application once it has been given what is in `out` of its
-/// first slot. `files`: its soft limit on descriptors.
-Error start_runner(const Config& config, Runner& runner, rlim_t files) {
+/// first slot.
+Error start_runner(const Config& config, Runner& runner) {
     runner.slots = std::vector<Slot>(static_cast<size_t>(config.threads));
     std::vector<Fd> ends;
     for (Slot& slot : runner.slots) {
@@ -2271,7 +2272,7 @@ Error start_runner(const Config& config, Runner& runner, rlim_t files) {
     runner.pid = ::fork();
     if (runner.pid == 0) {
         if (config.runner.empty() && config.reload) { ::fcntl(list, F_SETFD, 0); }
-        exec_runner(config, ends, boot, worker, files);
+        exec_runner(config, ends, boot, worker);
     }
     block_signals(false);
     if (runner.pid < 0) { return os_error("cannot fork"); }
@@ -2419,9 +2420,9 @@ class Worker {
 public:
     /// `queue` is what every worker of every generation inherits; a byte into `arbiter` wakes it.
     Worker(const Config& config, std::vector<Listener>& listeners, const Pair& queue, const Fd& tmp,
-           Fd arbiter, pid_t arbiter_pid, rlim_t files)
+           Fd arbiter, pid_t arbiter_pid)
         : config_(config), listeners_(listeners), queue_(queue), tmp_(tmp),
-          arbiter_(std::move(arbiter)), arbiter_pid_(arbiter_pid), files_(files) {}
+          arbiter_(std::move(arbiter)), arbiter_pid_(arbiter_pid) {}
 
     /// Serves until it is told to stop; returns the exit status.
     int run() {
@@ -3600,7 +3601,7 @@ private:
 
     Error boot_runner() {
         Runner& runner = runners_.emplace_back();
-        if (Error error = start_runner(config_, runner, files_)) {
+        if (Error error = start_runner(config_, runner)) {
             runners_.pop_back();
             restart_at_ = now_ + 1s;
             return error;
@@ -3621,7 +3622,6 @@ private:
     const Fd& tmp_;      // the heartbeat file
     const Fd arbiter_;
     const pid_t arbiter_pid_;
-    const rlim_t files_;
     std::list<Runner> runners_;                            // one serves; others boot or leave
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
     std::list<Connection*> ready_;                         // complete, waiting here for a runner
@@ -3659,10 +3659,8 @@ struct WorkerInfo {
 
 class Arbiter {
 public:
-    Arbiter(const Config& config, std::vector<Listener> listeners, rlim_t files)
-        : config_(config), listeners_(std::move(listeners)), files_(files),
-          pidfile_(own_pidfile(config)), num_workers_(config.workers),
-          old_master_(config.old_master) {}
+    Arbiter(Config& config, std::vector<Listener> listeners)
+        : config_(config), listeners_(std::move(listeners)) {}
 
     /// Runs the server until it is told to stop; returns the exit status.
     int run() {
@@ -3695,7 +3693,8 @@ public:
         reap_workers();
         if (reexec_pid_ == 0 && !has_old_master()) { unlink_sockets(listeners_); }
         const bool heir = reexec_pid_ > 0;  // which puts its own in the place of this one
-        if (!heir && read_pidfile(pidfile_) == ::getpid()) { ::unlink(pidfile_.c_str()); }
+        const string pidfile = own_pidfile(config_);
+        if (!heir && read_pidfile(pidfile) == ::getpid()) { ::unlink(pidfile.c_str()); }
         log(Level::Info, "Shutting down: Master");
         if (!reason_.empty()) { log(Level::Error, "Reason: " + reason_); }
         return status_;
@@ -3739,8 +3738,8 @@ private:
         if (number == SIGUSR1) { handle_usr1(); }
         if (number == SIGUSR2 && !stopping_) { handle_usr2(); }
         if (number == SIGWINCH && config_.daemon) { paused_ = true; }
-        if (number == SIGTTIN) { ++num_workers_; }
-        if (number == SIGTTOU) { num_workers_ = std::max(1, num_workers_ - 1); }
+        if (number == SIGTTIN) { ++config_.workers; }
+        if (number == SIGTTOU) { config_.workers = std::max(1, config_.workers - 1); }
     }
 
     /// The log files are new ones; only then do the workers open them, perhaps as another user.
@@ -3749,7 +3748,9 @@ private:
         for (const WorkerInfo& worker : workers_) { ::kill(worker.pid, SIGUSR1); }
     }
 
-    bool has_old_master() const { return old_master_ > 0 && ::getppid() == old_master_; }
+    bool has_old_master() const {
+        return config_.old_master > 0 && ::getppid() == config_.old_master;
+    }
 
     /// Upgrade: starts the program, as it is on disk now, as another master with our sockets.
     /// TERM to either leaves the other serving.
@@ -3786,7 +3787,7 @@ private:
         if (!config_.notify_socket.empty()) {
             ::setenv("NOTIFY_SOCKET", config_.notify_socket.c_str(), 1);
         }
-        set_soft_limit(files_);
+        set_soft_limit(config_.files);
         (void)!::chdir(config_.directory.c_str());
         std::vector<char*> words;
         Strings argv = config_.argv;
@@ -3799,12 +3800,11 @@ private:
 
     /// The old master has gone: this is the master now.
     void maybe_promote_master() {
-        if (old_master_ == 0 || has_old_master()) { return; }
-        old_master_ = 0;
+        if (config_.old_master == 0 || has_old_master()) { return; }
+        const string pidfile = own_pidfile(config_);
+        config_.old_master = 0;
         log(Level::Info, "Master has been promoted.");
-        if (config_.pidfile.empty()) { return; }
-        (void)::rename(pidfile_.c_str(), config_.pidfile.c_str());
-        pidfile_ = config_.pidfile;
+        if (!pidfile.empty()) { (void)::rename(pidfile.c_str(), config_.pidfile.c_str()); }
     }
 
     /// SIGUSR2: workers finish what they have. SIGQUIT, also later: they leave at once.
@@ -3934,7 +3934,7 @@ private:
     /// all of these are ready. Of too many, those go first that are not ready.
     void manage_workers() {
         if (stopping_) { return; }
-        const int wanted = paused_ ? 0 : num_workers_;
+        const int wanted = paused_ ? 0 : config_.workers;
         int alive = 0, ready = 0;
         for (const WorkerInfo& worker : workers_) {
             const bool counts = worker.generation == generation_ && !worker.stopping;
@@ -3973,7 +3973,7 @@ private:
             }
             directory_.reset(), next_directory_.reset(), workers_say_.first.reset();
             Worker* worker = new Worker(config_, listeners_, queue_, tmp,
-                                        std::move(workers_say_.second), arbiter, files_);
+                                        std::move(workers_say_.second), arbiter);
             ::_exit(worker->run());
         }
         if (!error && pid < 0) { error = os_error("cannot fork"); }
@@ -3988,16 +3988,13 @@ private:
         return pid;
     }
 
-    const Config& config_;
+    Config& config_;  // `workers` and `old_master` change
     std::vector<Listener> listeners_;
-    const rlim_t files_;
-    string pidfile_;
     Pair queue_, workers_say_;  // not through the self-pipe: they could send signals of any kind
     std::vector<WorkerInfo> workers_;
-    int num_workers_;
-    pid_t old_master_, reexec_pid_ = 0;  // another master that lives: our parent, or our child
-    int generation_ = 0, newest_ = 0;    // the one that serves; the one last tried
-    Fd directory_, next_directory_;      // of these, once there was a reload
+    pid_t reexec_pid_ = 0;             // another master, our child
+    int generation_ = 0, newest_ = 0;  // the one that serves; the one last tried
+    Fd directory_, next_directory_;    // of these, once there was a reload
     pid_t canary_ = -1;
     int failures_ = 0, status_ = 0;
     bool stopping_ = false, ever_booted_ = false, aborting_ = false;
@@ -4011,9 +4008,8 @@ private:
 //  12. main: puts the settings into force, binds or inherits the sockets
 // ============================================================================
 
-/// Puts the settings into force: directory, environment, descriptors, logs. `files` gets the
-/// soft limit on descriptors as it was, for the application.
-Error apply(Config& config, rlim_t& files) {
+/// Puts the settings into force: directory, environment, descriptors, logs.
+Error apply(Config& config) {
     if (config.threads > 1 && !config.runner.empty()) {
         return {1, "--threads is for Python: a --runner has one pair of pipes"};
     }
@@ -4043,7 +4039,7 @@ Error apply(Config& config, rlim_t& files) {
         const size_t equals = pair.find('=');
         ::setenv(pair.substr(0, equals).c_str(), pair.c_str() + equals + 1, 1);
     }
-    files = set_soft_limit(4 * FD_SETSIZE);
+    config.files = set_soft_limit(4 * FD_SETSIZE);
     const rlim_t limit = set_soft_limit(4 * FD_SETSIZE);
     const bool ample = limit >= 4 * FD_SETSIZE && config.threads == 1;
     config.pipes = !config.runner.empty() ? 1 : ample ? config.pipes : 2;
@@ -4056,7 +4052,8 @@ Error apply(Config& config, rlim_t& files) {
     int most = std::min(FD_SETSIZE - others, (all - far) / 2);
     if (most < 1 && config.threads > 1) { return {1, "too few descriptors for so many --threads"}; }
     most = std::max(1, most);
-    files = std::max(files, std::min<rlim_t>(limit, static_cast<rlim_t>(8 * config.threads + 20)));
+    const rlim_t needed = std::min(limit, static_cast<rlim_t>(8 * config.threads + 20));
+    config.files = std::max(config.files, needed);
     if (config.worker_tmp_dir.empty()) {  // a disk that stalls must not look like a dead worker
         const bool shm = ::faccessat(AT_FDCWD, "/dev/shm", W_OK | X_OK, AT_EACCESS) == 0;
         config.worker_tmp_dir = shm ? "/dev/shm" : temp_dir();
@@ -4083,10 +4080,10 @@ Error apply(Config& config, rlim_t& files) {
 }
 
 /// --check-config: does the application load, as the user that workers are?
-int check_app(const Config& config, rlim_t files) {
+int check_app(const Config& config) {
     Runner runner;
     Error error = drop_privileges(config);
-    if (!error) { error = start_runner(config, runner, files); }
+    if (!error) { error = start_runner(config, runner); }
     if (error) { return log(Level::Error, error.text), kWorkerBootError; }
     Slot& slot = runner.slots[0];
     for (const int fd : {slot.pipe().get(), slot.from.get()}) { ::fcntl(fd, F_SETFL, 0); }  // wait
@@ -4142,14 +4139,13 @@ int main(int argc, char** argv) {
     config.directory = current_directory();
     config.argv = Strings(argv, argv + argc);
     std::vector<Listener> listeners;
-    rlim_t files = 0;
     Error error = parse_command_line({argv + std::min(argc, 1), argv + argc}, config);
     if (!error && config.help) { return print_help(), 0; }
     if (!error && config.version) { return std::printf("server %s\n", kVersion), 0; }
     if (!error && config.print_config) { return std::puts(show_config(config).c_str()), 0; }
-    if (!error) { error = apply(config, files); }
+    if (!error) { error = apply(config); }
     if (!error) { error = bind_all(config, listeners); }
-    if (!error && config.check_config) { return check_app(config, files); }
+    if (!error && config.check_config) { return check_app(config); }
     bool detached = config.daemon && config.old_master > 0;
     if (!error && config.daemon && !detached) {
         error = daemonize(config);
@@ -4163,5 +4159,5 @@ int main(int argc, char** argv) {
         return std::fprintf(stderr, "Error: %s\n", error.text.c_str()), error.code;
     }
     make_title_room(config, argv, argc);
-    return Arbiter(config, std::move(listeners), files).run();
+    return Arbiter(config, std::move(listeners)).run();
 }
