@@ -3696,7 +3696,8 @@ public:
         const string pidfile = own_pidfile(config_);
         if (!heir && read_pidfile(pidfile) == ::getpid()) { ::unlink(pidfile.c_str()); }
         log(Level::Info, "Shutting down: Master");
-        if (!reason_.empty()) { log(Level::Error, "Reason: " + reason_); }
+        if (status_ == kAppLoadError) { log(Level::Error, "Reason: App failed to load."); }
+        if (status_ == kWorkerBootError) { log(Level::Error, "Reason: Worker failed to boot."); }
         return status_;
     }
 
@@ -3818,13 +3819,6 @@ private:
         for (WorkerInfo& worker : workers_) { stop_worker(worker, number); }
     }
 
-    /// At the start: no worker would boot.
-    void give_up(int code) {
-        status_ = code;
-        reason_ = code == kAppLoadError ? "App failed to load." : "Worker failed to boot.";
-        halt(SIGQUIT);
-    }
-
     void stop_worker(WorkerInfo& worker, int number) const {
         const Clock::duration quick = 700ms, graceful = config_.graceful_timeout;
         worker.stop_by = std::min(worker.stop_by, now_ + (number == SIGQUIT ? quick : graceful));
@@ -3914,7 +3908,8 @@ private:
     /// crash loop does not spin.
     void worker_lost(const WorkerInfo& worker, int code) {
         if (!ever_booted_ && (code == kWorkerBootError || code == kAppLoadError)) {
-            return give_up(code);
+            status_ = code;
+            return halt(SIGQUIT);
         }
         if (worker.pid == canary_) {
             canary_ = -1;
@@ -3941,8 +3936,8 @@ private:
             alive += counts ? 1 : 0;
             ready += counts && worker.booted ? 1 : 0;
         }
-        if (std::exchange(tell_ready_, tell_ready_ && (ready == 0 || canary_ > 0)) &&
-            !tell_ready_) {
+        if (tell_ready_ && ready > 0 && canary_ < 0) {
+            tell_ready_ = false;
             notify_systemd(config_, "READY=1\nSTATUS=" + to_string(wanted) + " workers");
         }
         while (alive < wanted && now_ >= spawn_again_ && spawn_worker(generation_) > 0) { ++alive; }
@@ -3981,7 +3976,7 @@ private:
         if (error) {
             log(Level::Error, "No new worker: " + error.text);
             spawn_again_ = now_ + 1s;
-            if (!ever_booted_) { give_up(kWorkerBootError); }
+            if (!ever_booted_) { status_ = kWorkerBootError, halt(SIGQUIT); }
             return -1;
         }
         workers_.push_back({pid, generation, std::move(tmp), now_, now_});
@@ -4001,7 +3996,6 @@ private:
     bool paused_ = false;     // by WINCH: no workers
     bool tell_ready_ = true;  // systemd waits to hear that we are
     Time now_ = Clock::now(), spawn_again_ = now_, reload_at_ = Time::max();
-    string reason_;
 };
 
 // ============================================================================
