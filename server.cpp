@@ -3067,7 +3067,9 @@ private:
         const bool lost = pass.stored > 0 && !file;  // no descriptor was free for it
         if (pass.stored > 0) { c->body.adopt_file(raise_fd(std::move(file)), pass.stored); }
         set_state(*c, pass.state);
-        if (c->state != State::Ready) { resume(*c); }
+        c->deadline = pass.deadline;
+        if (c->state == State::ReadBody) { c->parser.resume(pass.framing); }
+        if (c->state == State::ReadHead && !c->in.empty()) { parse(*c, ""); }
         if (c->state <= State::Ready && !pass.eof) { read_client(*c); }  // more, or a reset?
         if (lost && c->state <= State::Ready) {
             refuse(*c, {503, "no descriptor for the body"});
@@ -3076,13 +3078,6 @@ private:
         }
         settle(*c);
         return true;
-    }
-
-    /// Goes on with a request that another worker has begun to read.
-    void resume(Connection& c) {
-        c.deadline = c.pass.deadline;
-        if (c.state == State::ReadBody) { return c.parser.resume(c.pass.framing); }
-        if (!c.in.empty()) { parse(c, ""); }
     }
 
     bool queue_is_empty() const {
