@@ -222,14 +222,20 @@ Error make_fifo(string dir, Pair& ours, Fd& theirs) {
     return error;
 }
 
+/// A variable of our environment, empty if there is none.
+string environment(const char* name) {
+    const char* value = std::getenv(name);
+    return value != nullptr ? value : "";
+}
+
 /// The current directory by the name that the shell has for it: what a symbolic link in it points
 /// to may be another release by the time of a reload.
 string current_directory() {
     struct stat here {
     }, named{};
     char path[PATH_MAX];
-    const char* shell = std::getenv("PWD");
-    const bool same = shell != nullptr && *shell == '/' && ::stat(shell, &named) == 0 &&
+    const string shell = environment("PWD");
+    const bool same = shell.substr(0, 1) == "/" && ::stat(shell.c_str(), &named) == 0 &&
                       ::stat(".", &here) == 0 && named.st_dev == here.st_dev &&
                       named.st_ino == here.st_ino;
     return same ? shell : ::realpath(".", path) != nullptr ? path : "/";
@@ -240,10 +246,7 @@ string absolute(const string& directory, const string& path) {
     return path.empty() ? directory : path.front() == '/' ? path : directory + "/" + path;
 }
 
-string temp_dir() {
-    const char* dir = std::getenv("TMPDIR");
-    return dir != nullptr && *dir != '\0' ? dir : "/tmp";
-}
+string temp_dir() { return environment("TMPDIR").empty() ? "/tmp" : environment("TMPDIR"); }
 
 /// A file without a name: it goes when its last descriptor does.
 Error make_temp_file(const string& dir, Fd& made) {
@@ -448,11 +451,9 @@ void wait_ready(int max_fd, fd_set& reads, fd_set& writes, Time until) {
 //  A default is written once, in Config; an option once, in kOptions. Parsing, --help and
 //  --print-config all walk that table. Names and meanings are gunicorn's.
 // ============================================================================
-constexpr int kConnections = 1000;  // the default, which is also looked at later
-
 struct Config {
     string app = "app_example:app", worker_class = "sync";
-    int workers = 2, threads = 1, backlog = 2048, worker_connections = kConnections;
+    int workers = 2, threads = 1, backlog = 2048, worker_connections = 1000;
     int max_requests = 0, max_requests_jitter = 0;
     int limit_request_line = 4094, limit_request_fields = 100, limit_request_field_size = 8190;
     int64_t limit_request_body = int64_t{1} << 30;
@@ -678,14 +679,13 @@ Error parse_option(Config& config, const std::vector<const char*>& args, size_t&
 
 /// Settings from the environment and, stronger, the arguments. A code of 2: not understood.
 Error parse_command_line(const std::vector<const char*>& args, Config& config) {
-    const char *count = std::getenv("WEB_CONCURRENCY"), *port = std::getenv("PORT");
-    const char* proxies = std::getenv("FORWARDED_ALLOW_IPS");
-    if (proxies != nullptr) {
-        const Error error = check_networks(proxies);
+    const string count = environment("WEB_CONCURRENCY"), port = environment("PORT");
+    if (std::getenv("FORWARDED_ALLOW_IPS") != nullptr) {  // if empty, nobody is
+        config.forwarded_allow_ips = environment("FORWARDED_ALLOW_IPS");
+        const Error error = check_networks(config.forwarded_allow_ips);
         if (error) { return {1, "$FORWARDED_ALLOW_IPS: " + error.text}; }
-        config.forwarded_allow_ips = proxies;
     }
-    if (count != nullptr && *count != '\0') {
+    if (!count.empty()) {
         const Error error = set_workers(config, count);
         if (error) { return {1, "$WEB_CONCURRENCY: " + error.text}; }
     }
@@ -703,8 +703,7 @@ Error parse_command_line(const std::vector<const char*>& args, Config& config) {
         }
     }
     if (config.bind.empty()) {
-        const bool given = port != nullptr && *port != '\0';
-        config.bind = {given ? string("0.0.0.0:") + port : "127.0.0.1:8000"};
+        config.bind = {port.empty() ? "127.0.0.1:8000" : "0.0.0.0:" + port};
     }
     const int field_size = Config{}.limit_request_field_size;
     if (config.limit_request_field_size == 0) { config.limit_request_field_size = field_size; }
@@ -1679,8 +1678,8 @@ Parse take_proxy_header(string_view& in, Endpoints& ends) {
 
 /// The environ block, NAME NUL value NUL …, CONTENT_LENGTH first (PEP 3333, SCGI).
 string make_environ(const Request& r, const Endpoints& ends, string_view scheme = "http") {
-    const char* script = std::getenv("SCRIPT_NAME");
-    string_view prefix = script != nullptr ? script : "", path = r.path;
+    const string script = environment("SCRIPT_NAME");
+    string_view prefix = script, path = r.path;
     if (path.substr(0, prefix.size()) != prefix ||
         (path.size() > prefix.size() && path[prefix.size()] != '/')) {
         prefix = {};  // the request is not below it: the two together must give its path
@@ -4006,20 +4005,18 @@ Error apply(Config& config) {
         return os_error("cannot change to " + config.chdir);
     }
     config.chdir = absolute(config.directory, config.chdir);
-    const auto variable = [](const char* name) {
-        const char* value = std::getenv(name);
-        return string(value != nullptr ? value : "");
-    };
     if (config.proc_name.empty()) { config.proc_name = config.app; }
     config.reload = config.reload && !config.check_config;
     int64_t inherited = 0;
-    config.notify_socket = variable("NOTIFY_SOCKET");
-    if (variable("LISTEN_PID") == to_string(::getpid()) &&
-        parse_number(variable("LISTEN_FDS"), inherited)) {
+    config.notify_socket = environment("NOTIFY_SOCKET");
+    if (environment("LISTEN_PID") == to_string(::getpid()) &&
+        parse_number(environment("LISTEN_FDS"), inherited)) {
         config.inherited = static_cast<int>(std::min<int64_t>(inherited, FD_SETSIZE / 2));
     }
-    if (variable("SERVER_UPGRADE") == to_string(::getppid())) { config.old_master = ::getppid(); }
-    if (config.old_master > 0) { config.inodes = variable("LISTEN_FDNAMES"); }
+    if (environment("SERVER_UPGRADE") == to_string(::getppid())) {
+        config.old_master = ::getppid();
+    }
+    if (config.old_master > 0) { config.inodes = environment("LISTEN_FDNAMES"); }
     for (const char* name : {"SERVER_UPGRADE", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
                              "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
         ::unsetenv(name);  // what is between systemd and this server
@@ -4059,7 +4056,7 @@ Error apply(Config& config) {
     }
     if (Error error = open_logs(config)) { return error; }
     if (config.worker_connections > most) {
-        const bool asked = config.worker_connections != kConnections;
+        const bool asked = config.worker_connections != Config{}.worker_connections;
         log(asked ? Level::Warning : Level::Info,
             "--worker-connections lowered from " + to_string(config.worker_connections) + " to " +
                 to_string(most) + ", which is what fits");
