@@ -2034,12 +2034,12 @@ def main(name, paths, software, files, threads, *fds):
 
     def put_null(fds):
         with open(os.devnull, "r+b", 0) as null:
-            for fd in fds:
-                os.dup2(null.fileno(), fd, fd < 3)
+            for fd in fds: os.dup2(null.fileno(), fd, fd < 3)
 
     put_null([0])
     os.dup2(2, 1)
     os.register_at_fork(after_in_child=lambda: put_null(pipes))  # the bridge is not for them
+    os.register_at_fork(after_in_child=lambda: setattr(Slot, "failures", Exception))
     sys.path[:1] = [os.path.abspath(path) for path in paths.split(",") if path] + [os.getcwd()]
     names = []
     try:  # MODULE, MODULE:OBJ.ATTR or MODULE:FACTORY(...), as in gunicorn

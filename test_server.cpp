@@ -7706,6 +7706,19 @@ TEST_CASE("sys.exit() of the application costs other threads nothing, whichever 
     CHECK_FALSE(contains(server.log(), "exited with status"));
 }
 
+TEST_CASE("sys.exit() ends a child of the application with its status, with --threads too") {
+    Server server(kThreads + R"py(
+def child(environ, start_response):
+    pid = os.fork()
+    if pid == 0:
+        sys.exit(3)
+    return reply(start_response, os.waitpid(pid, 0)[1] >> 8)
+)py",
+                  {"-w", "1", "--threads", "2"});
+    CHECK(get(server, "/child").body == "3");
+    CHECK_FALSE(contains(server.log(), "SystemExit"));
+}
+
 TEST_CASE("sys.exit() of the application ends a runner without threads, as ever") {
     Server server(kThreads, {"-w", "1"});
     CHECK(get(server, "/quit").status == 502);
