@@ -14,13 +14,14 @@
 CXX ?= g++
 CXXFLAGS ?= -O2 -g -Wall -Wextra -Wpedantic -Wshadow -Wconversion
 
-# What the code needs, whatever the flags above say. Nothing unwinds: the tables for it would be a
-# tenth of the program.
-BUILD = $(CXX) -std=c++17 -fno-exceptions -fno-rtti -fno-asynchronous-unwind-tables \
+# What the code needs, whatever the flags above say; on 32 bits, files of more than 2 GiB and times
+# after 2038. Nothing unwinds: the tables for it would be a tenth of the program.
+STANDARD = -std=c++17 -D_FILE_OFFSET_BITS=64 -D_TIME_BITS=64
+BUILD = $(CXX) $(STANDARD) -fno-exceptions -fno-rtti -fno-asynchronous-unwind-tables \
     $(CPPFLAGS) $(CXXFLAGS)
 SANITIZE = -g -fno-omit-frame-pointer -fno-sanitize-recover=undefined -fsanitize=address,undefined
 # The tests are not optimized: they would take longer to build than to run.
-TESTS = $(CXX) -std=c++17 $(CPPFLAGS) $(CXXFLAGS) -O0
+TESTS = $(CXX) $(STANDARD) $(CPPFLAGS) $(CXXFLAGS) -O0
 
 all: server
 
@@ -61,7 +62,7 @@ uninstall:
 
 FUZZ_TIME ?= 60
 fuzz-server: test_server.cpp server.cpp
-	clang++ -std=c++17 -fno-exceptions -fno-rtti -DFUZZ -O1 $(SANITIZE),fuzzer -o $@ test_server.cpp
+	clang++ $(STANDARD) -fno-exceptions -fno-rtti -DFUZZ -O1 $(SANITIZE),fuzzer -o $@ test_server.cpp
 
 fuzz: test_server fuzz-server
 	mkdir -p .fuzz/seeds .fuzz/found

@@ -70,6 +70,8 @@
 #include <utility>
 #include <vector>
 
+static_assert(sizeof(off_t) >= 8, "for large files: -D_FILE_OFFSET_BITS=64, as in the Makefile");
+
 namespace {
 
 // ============================================================================
@@ -590,8 +592,8 @@ struct Option {
     string_view help() const { return std::strchr(text, ':') + 2; }
     string_view usage() const { return {text, std::strcspn(text, ":")}; }
     string_view name() const {
-        const string_view from = usage().substr(text[1] == '-' ? 2 : 6);
-        return from.substr(0, from.find(' '));
+        const char* from = text + (text[1] == '-' ? 2 : 6);
+        return {from, std::strcspn(from, " :")};
     }
     bool takes_value() const { return usage().back() >= 'A' && usage().back() <= 'Z'; }
 };
@@ -1833,10 +1835,10 @@ class Gone(SystemExit): "The worker has gone, or wants no more."
 
 class Body(io.RawIOBase):
     """What of a request's body has not come with its head; inert once the request is over."""
+    readable = lambda self: True  # what io.BufferedReader asks
+
     def __init__(self, response):
         self.response = response
-
-    readable = lambda self: True  # what io.BufferedReader asks
 
     def readinto(self, buffer):
         slot = self.response.slot
@@ -1873,8 +1875,7 @@ class Response:
                 raise TypeError("the response is made of bytes, not %r" % type(item))
         if self.head is None:
             raise AssertionError("start_response was not called")
-        if not self.started:
-            items = [self.head, *items]
+        if not self.started: items = [self.head, *items]
         self.started = True
         size = sum(map(len, items))
         return [b"%d:" % size, *items, b","] if size else []
@@ -1889,6 +1890,7 @@ class Slot:
     """The pipes of a slot, and the loop that answers what comes through them."""
     failures = Exception  # of the application; what else it raises ends the process
     files = None          # with --reload: where to list the files of modules, and which are there
+    most_parts = 1000 if hasattr(os, "writev") else 0  # that it takes; PyPy has none
 
     def __init__(self, pipes, app):
         (*self.requests, self.replies), self.app = pipes, app
@@ -1897,10 +1899,9 @@ class Slot:
         self.left = 0       # bytes of the body that the application has not read
 
     def write(self, parts):
-        if len(parts) > 1000:  # more than writev() takes
-            parts = [b"".join(parts)]
         try:
-            sent, size = os.writev(self.replies, parts), sum(map(len, parts))
+            sent = os.writev(self.replies, parts) if len(parts) <= self.most_parts else 0
+            size = sum(map(len, parts))
             data = memoryview(b"".join(parts)) if sent < size else b""
             while sent < size:
                 sent += os.write(self.replies, data[sent:])
@@ -1910,8 +1911,7 @@ class Slot:
 
     def more(self):
         data = os.read(self.requests[self.turn], 65536)
-        if not data:
-            raise Gone
+        if not data: raise Gone
         self.pending += data
 
     def netstring(self):
@@ -2028,14 +2028,18 @@ def main(name, paths, software, files, threads, *fds):
     faulthandler.enable()  # SIGABRT, and crashes, print the stack of every thread
     most = os.sysconf("SC_OPEN_MAX")
     high = min(1020 - len(fds), most // 2, most - 2 * len(fds))  # where select() sees them
-    pipes = [fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, high) for fd in fds]
-    for fd in fds:
+
+    def raise_fd(fd):
+        moved = fcntl.fcntl(int(fd), fcntl.F_DUPFD, high)
+        os.set_inheritable(moved, False)  # F_DUPFD_CLOEXEC is not in PyPy
         os.close(int(fd))
+        return moved
 
     def put_null(fds):
         with open(os.devnull, "r+b", 0) as null:
             for fd in fds: os.dup2(null.fileno(), fd, fd < 3)
 
+    pipes = [raise_fd(fd) for fd in fds]
     put_null([0])
     os.dup2(2, 1)
     os.register_at_fork(after_in_child=lambda: put_null(pipes))  # the bridge is not for them
@@ -2048,14 +2052,12 @@ def main(name, paths, software, files, threads, *fds):
         if not callable(app): raise TypeError("%s is not callable" % name)
     except Exception as error:
         report()
-        if not files:
-            sys.exit(4)
+        if not files: sys.exit(4)
         import traceback  # the worker reloads when one of the files is another
         names = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
         names, app = [*names, getattr(error, "filename", "")], None
     if files:
-        Slot.files = fcntl.fcntl(int(files), fcntl.F_DUPFD_CLOEXEC, high), set()
-        os.close(int(files))
+        Slot.files = raise_fd(files), set()
         list_files(*Slot.files, names)
     each = len(pipes) // int(threads)
     slots = [Slot(pipes[i:i + each], app) for i in range(0, len(pipes), each)]

@@ -489,7 +489,7 @@ struct Reply {
         string joined;
         whole = false;
         for (size_t at = 0; at < body.size();) {
-            const size_t size = std::strtoull(body.c_str() + at, nullptr, 16);
+            const size_t size = std::strtoul(body.c_str() + at, nullptr, 16);
             at = body.find("\r\n", at) + 2;
             if (size == 0) {
                 whole = body.substr(at) == "\r\n";
@@ -8791,6 +8791,27 @@ TEST_CASE("behind HAProxy: send-proxy, send-proxy-v2, and its health checks" *
     CHECK_FALSE(contains(server.log(), "[WARNING]"));
     CHECK_FALSE(contains(server.log(), "[ERROR]"));
     CHECK_FALSE(contains(server.access(), " 4"s + "00 "));
+}
+
+TEST_CASE("PyPy, which lacks some of os and fcntl, runs an application as well" *
+          doctest::skip(!have("pypy3"))) {
+    const Server server(kSystemApp, {"--python", output_of("command -v pypy3"), "-w", "1"});
+    const string large(3000000, 'f');
+    CHECK(get(server, "/hello").body == "hello");
+    CHECK(get(server, "/descriptors").body == "[]");
+    CHECK(request(server.port(), post_bytes("/forks_body", large, false)).body == "3000000");
+    const Server pieces(R"py(
+import platform
+
+def app(environ, start_response):
+    start_response("200 OK", [])
+    return [platform.python_implementation().encode()] + 4000 * [b"1234567890"]
+)py",
+                        {"--python", "pypy3", "--threads", "2"});
+    const Reply reply = get(pieces);
+    CHECK(reply.whole);
+    CHECK(reply.body.size() == 40004);
+    CHECK(reply.body.compare(0, 8, "PyPy1234") == 0);
 }
 
 TEST_CASE("systemd-socket-activate hands over its socket" *
