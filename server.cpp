@@ -1026,8 +1026,10 @@ sockaddr_storage socket_name(int fd) {
 Error describe(Fd fd, Listener& made) {
     int listening = 0;
     socklen_t size = sizeof listening;
-    if (::getsockopt(fd.get(), SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) < 0 || !listening) {
-        return {1, "descriptor " + to_string(fd.release()) + " is no listening socket"};
+    (void)::getsockopt(fd.get(), SOL_SOCKET, SO_ACCEPTCONN, &listening, &size);
+    if (!listening || ::fcntl(fd.get(), F_GETFD) != 0) {  // close-on-exec: it is ours already
+        const string number = to_string(fd.release());
+        return {1, "descriptor " + number + " is no listening socket, or named twice"};
     }
     const sockaddr_storage name = socket_name(fd.get());
     const bool v6 = name.ss_family == AF_INET6;

@@ -4081,6 +4081,7 @@ TEST_CASE("settings that are refused: in a sentence, with the exit status that t
     };
     string busy, unused;
     const Fd listening = listen_somewhere(busy), bound = listen_somewhere(unused, false);
+    const string inherited = "fd://" + to_string(listening.get());
     vector<Row> rows = {
         {{"-w", "0"}, 1, "--workers", {}},
         {{"--forwarded-allow-ips", "::1,localhost"}, 1, "'localhost'", {}},
@@ -4115,6 +4116,7 @@ TEST_CASE("settings that are refused: in a sentence, with the exit status that t
         {{"--check-config", "-p", "/no/such/pid"}, 1, "/no/such/pid", {}},
         {{}, 1, "temporary file in /no/such/tmp: No such", {"TMPDIR=/no/such/tmp"}},
         {{"-b", "fd://" + to_string(bound.get())}, 1, to_string(bound.get()), {}},
+        {{"-b", inherited, "-b", inherited}, 1, "is no listening socket, or named twice", {}},
         {{"-b", "127.0.0.1:" + busy}, 1, "127.0.0.1:" + busy + ": ", {}},
         {{"-b", "192.0.2.1:0"}, 1, "192.0.2.1:0: ", {}},
         {{"-b", string(70, 'x') + ":0"}, 1, "x:0: ", {}},  // longer than a name can be
