@@ -1297,6 +1297,7 @@ struct Request {
     string method, target, path, query, host;  // host: of an absolute target
     int minor = 0;                             // HTTP/1.minor, 0 or 1
     string fields;                             // an environ block; repeated ones are joined
+    string codings;                            // ",chunked": each behind a comma
     int64_t length = -1;                       // Content-Length; -1: none
     bool chunked = false, expect_continue = false;
     int https = 0, http = 0;  // fields of proxies that say it was, or was not
@@ -1529,6 +1530,9 @@ private:
             const bool good = r.length < 0 && parse_number(value, r.length);
             return good ? Error{} : Error{400, "not one good Content-Length"};
         }
+        if (is("transfer-encoding")) {  // the decoded body has none (RFC 9112 section 7.1.3)
+            return (r.codings += ',') += value, Error{};
+        }
         for (const auto& [proxy_field, yes] : kSecure) {
             if (is(proxy_field)) { ++(value == yes ? r.https : r.http); }
         }
@@ -1550,19 +1554,18 @@ private:
             add_variable(r.fields, "HTTP_HOST", r.host);
         }
         const string_view expect = lookup(r.fields, "HTTP_EXPECT");
-        const string_view coding = lookup(r.fields, "HTTP_TRANSFER_ENCODING");
         r.expect_continue = expect.data() != nullptr && r.minor > 0;
         if (expect.data() != nullptr && !same_name(expect, "100-continue")) {
             return {417, "not an expectation"};
         }
         left_ = std::max<int64_t>(r.length, 0);
         part_ = left_ > 0 ? Part::Data : Part::End;
-        return coding.data() != nullptr ? take_coding(coding) : Error{};
+        return r.codings.empty() ? Error{} : take_codings(string_view(r.codings).substr(1));
     }
 
     /// Exactly one `chunked`, on HTTP/1.1, without a Content-Length: all else is how requests are
     /// smuggled (RFC 9112 section 6.1).
-    Error take_coding(string_view value) {
+    Error take_codings(string_view value) {
         Request& r = request;
         if (r.minor == 0 || r.length >= 0) {
             return {400, "Transfer-Encoding beside Content-Length, or in HTTP/1.0"};
