@@ -828,12 +828,12 @@ Error open_log(const Config& config, const string& path, int standard, Fd& file)
     const string directory = path.substr(0, path.rfind('/'));
     const bool root = ::geteuid() == 0 && config.uid != 0 && path != "-" && directory != "/dev";
     const bool other = root && has_say(config, directory);
-    const int more = other ? O_NONBLOCK : root ? O_NOFOLLOW : 0;
+    const int flags = O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | (root && !other ? O_NOFOLLOW : 0);
     const AsUser user(config, other);
-    Fd made(path == "-"
-                ? ::fcntl(standard, F_DUPFD_CLOEXEC, 0)
-                : ::open(path.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | more, 0666));
+    Fd made(path == "-" ? ::fcntl(standard, F_DUPFD_CLOEXEC, 0)
+                        : ::open(path.c_str(), flags | O_NONBLOCK, 0666));  // a FIFO needs a reader
     if (!made) { return os_error("cannot open the log " + path); }
+    if (path != "-" && !other) { ::fcntl(made.get(), F_SETFL, O_APPEND); }
     if (root && !other) { give_away(config, made); }
     file = raise_fd(std::move(made));
     return {};

@@ -4081,6 +4081,9 @@ TEST_CASE("settings that are refused: in a sentence, with the exit status that t
     string busy, unused;
     const Fd listening = listen_somewhere(busy), bound = listen_somewhere(unused, false);
     const string inherited = "fd://" + to_string(listening.get());
+    const TempDir dir;
+    const string fifo = dir.path + "/fifo";  // which nobody reads
+    REQUIRE(::mkfifo(fifo.c_str(), 0666) == 0);
     vector<Row> rows = {
         {{"-w", "0"}, 1, "--workers", {}},
         {{"--forwarded-allow-ips", "::1,localhost"}, 1, "'localhost'", {}},
@@ -4115,6 +4118,7 @@ TEST_CASE("settings that are refused: in a sentence, with the exit status that t
         {{"--check-config", "-p", "/no/such/pid"}, 1, "/no/such/pid", {}},
         {{}, 1, "temporary file in /no/such/tmp: No such", {"TMPDIR=/no/such/tmp"}},
         {{"-b", "fd://" + to_string(bound.get())}, 1, to_string(bound.get()), {}},
+        {{"--access-logfile", fifo}, 1, "cannot open the log " + fifo, {}},
         {{"-b", inherited, "-b", inherited}, 1, "is no listening socket, or named twice", {}},
         {{"-b", "127.0.0.1:" + busy}, 1, "127.0.0.1:" + busy + ": ", {}},
         {{"-b", "192.0.2.1:0"}, 1, "192.0.2.1:0: ", {}},
