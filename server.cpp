@@ -2049,7 +2049,8 @@ def main(name, paths, software, files, threads, *fds):
     os.dup2(2, 1)
     os.register_at_fork(after_in_child=lambda: put_null(pipes))  # the bridge is not for them
     os.register_at_fork(after_in_child=lambda: setattr(Slot, "failures", Exception))
-    sys.path[:1] = [os.path.abspath(path) for path in paths.split(",") if path] + [os.getcwd()]
+    sys.path[:sys.path[0] == ""] = [os.getcwd()]  # "" would follow os.chdir()
+    sys.path[:0] = [os.path.abspath(path) for path in paths.split(",") if path]
     names = []
     try:  # MODULE, MODULE:OBJ.ATTR or MODULE:FACTORY(...), as in gunicorn
         module, _, target = name.partition(":")
@@ -2078,8 +2079,7 @@ def main(name, paths, software, files, threads, *fds):
     if app is not None:
         slots[0].write([b"0:,"])
     slots[0].serve(base)
-    for thread in threads:
-        thread.join()
+    for thread in threads: thread.join()
 
 main(*map(os.fsdecode, settings))
 )py";

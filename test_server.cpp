@@ -3034,6 +3034,23 @@ def app(environ, start_response):
     CHECK(body.substr(body.size() - 2) == " 2");
 }
 
+TEST_CASE("modules come from --pythonpath, then the directory, then wherever Python looks") {
+    for (const string safe : {"", "1"}) {  // set: Python puts no directory of its own in front
+        CAPTURE(safe);
+        const Server server(R"py(
+import sys
+def app(environ, start_response):
+    start_response("200 OK", [])
+    return [repr(sys.path).encode()]
+)py",
+                            {"-w", "1", "--pythonpath", "/a,b"},
+                            {"PYTHONPATH=/more", "PYTHONSAFEPATH=" + safe});
+        const string cwd = server.dir.path, body = get(server).body;
+        const string start = "['/a', '" + cwd + "/b', '" + cwd + "', '/more', '/";
+        CHECK_MESSAGE(body.compare(0, start.size(), start) == 0, body);
+    }
+}
+
 // --- clients that take their time, leave early or say too much --------------
 
 TEST_CASE("the header clock runs from accept, the body clock from the last byte") {
