@@ -669,11 +669,8 @@ Error parse_option(Config& config, const std::vector<const char*>& args, size_t&
     if (option == nullptr) { return {2, "unknown option " + arg}; }
     const bool attached = arg.size() > end, takes_value = option->takes_value();
     if (!takes_value && attached) { return {2, arg + " takes no value"}; }
-    string_view value = attached ? args[i] + end + (is_long ? 1 : 0) : "";
-    if (takes_value && !attached) {
-        if (++i == args.size()) { return {2, arg + " needs a value"}; }
-        value = args[i];
-    }
+    if (takes_value && !attached && ++i == args.size()) { return {2, arg + " needs a value"}; }
+    const string_view value = attached ? args[i] + end + (is_long ? 1 : 0) : args[i];
     Error error = option->check != nullptr ? option->check(value) : Error{};
     if (!error) { error = option->set(config, value); }
     return error ? Error{error.code, "--" + string(option->name()) + ": " + error.text} : error;
