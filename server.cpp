@@ -976,16 +976,12 @@ Error parse_address(string_view text, Address& a) {
         a.path = text.substr(text.substr(5, 2) == "//" ? 7 : 5);
         return a.path.empty() || a.path.size() >= sizeof(sockaddr_un::sun_path) ? bad : Error{};
     }
-    if (text.empty()) { return bad; }
-    a.v6 = text.front() == '[';
-    a.host = cut(text, a.v6 ? ']' : ':');
-    const bool ended = a.text.size() > a.host.size();  // by the bracket or the colon
-    if (a.v6) {
-        a.host.erase(0, 1);
-        if (!ended || (!text.empty() && cut(text, ':') != "")) { return bad; }
-    }
-    const bool has_port = a.text.back() == ':' || !text.empty();
-    a.port = has_port ? string(text) : "8000";
+    a.v6 = text.substr(0, 1) == "[";
+    const size_t colon = text.find(':', a.v6 ? text.find(']') : 0);
+    const string_view host = text.substr(0, colon);
+    if (text.empty() || (a.v6 && host.find(']') != host.size() - 1)) { return bad; }
+    a.port = colon != string::npos ? text.substr(colon + 1) : "8000";
+    a.host = a.v6 ? host.substr(1, host.size() - 2) : host;
     return parse_number(a.port, number) && number <= 65535 ? Error{} : bad;
 }
 
