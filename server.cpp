@@ -195,13 +195,13 @@ Error make_pipe(Pair& made, bool nonblocking = false) {
 }
 
 /// Enlarges a pipe where that can be done. Returns what an empty one surely takes as a whole.
-size_t resize_pipe(const Fd& fd, int bytes) {
+size_t resize_pipe([[maybe_unused]] const Fd& fd, [[maybe_unused]] int bytes) {
 #ifdef F_SETPIPE_SZ
     (void)::fcntl(fd.get(), F_SETPIPE_SZ, bytes);
     const int size = ::fcntl(fd.get(), F_GETPIPE_SZ);
     return static_cast<size_t>(std::max(size / 2, PIPE_BUF));
 #else
-    return (void)fd, (void)bytes, size_t{PIPE_BUF};
+    return PIPE_BUF;
 #endif
 }
 
@@ -1062,12 +1062,10 @@ Error clear_path(const string& path, const sockaddr_un& name) {
 
 /// Accepted sockets inherit it: the kernel holds little that it could not send yet, so that a
 /// socket becomes writable whenever the window of its client opens.
-void limit_unsent(int fd) {
+void limit_unsent([[maybe_unused]] int fd) {
 #ifdef TCP_NOTSENT_LOWAT
     const int bytes = 2 * kPiece;
     ::setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &bytes, sizeof bytes);
-#else
-    (void)fd;
 #endif
 }
 
