@@ -233,14 +233,11 @@ string environment(const char* name) {
 /// The current directory by the name that the shell has for it: what a symbolic link in it points
 /// to may be another release by the time of a reload.
 string current_directory() {
-    struct stat here {
-    }, named{};
-    char path[PATH_MAX];
+    char here[PATH_MAX], named[PATH_MAX];
     const string shell = environment("PWD");
-    const bool same = shell.substr(0, 1) == "/" && ::stat(shell.c_str(), &named) == 0 &&
-                      ::stat(".", &here) == 0 && named.st_dev == here.st_dev &&
-                      named.st_ino == here.st_ino;
-    return same ? shell : ::realpath(".", path) != nullptr ? path : "/";
+    if (::realpath(".", here) == nullptr) { return "/"; }
+    const bool known = shell.substr(0, 1) == "/" && ::realpath(shell.c_str(), named) != nullptr;
+    return known && std::strcmp(here, named) == 0 ? shell : here;
 }
 
 /// A path as seen from a directory.
