@@ -742,7 +742,7 @@ enum class Level { Debug, Info, Warning, Error, Critical };
 
 struct Logger {
     Fd error_file, access_file;
-    string level = "info";  // lines below it are left out
+    Level level = Level::Info;  // lines below it are left out
 };
 Logger g_log;
 
@@ -755,9 +755,8 @@ string local_time(const char* format) {
 }
 
 void log(Level level, const string& text) {
-    const auto begin = std::begin(kLevels), end = std::end(kLevels);
-    string name = begin[static_cast<int>(level)];
-    if (begin + static_cast<int>(level) < std::find(begin, end, g_log.level)) { return; }
+    if (level < g_log.level) { return; }
+    string name = kLevels[static_cast<int>(level)];
     for (char& c : name) { c = static_cast<char>(c - 32); }
     (void)write_all(g_log.error_file, local_time("[%Y-%m-%d %H:%M:%S %z] [") +
                                           to_string(::getpid()) + "] [" + name + "] " + text +
@@ -834,7 +833,7 @@ Error open_log(const Config& config, const string& path, int standard, Fd& file)
 }
 
 Error open_logs(const Config& config) {
-    g_log.level = config.loglevel;
+    g_log.level = Level(std::find(kLevels, std::end(kLevels), config.loglevel) - kLevels);
     const Error error = open_log(config, config.errorlog, STDERR_FILENO, g_log.error_file);
     return error ? error : open_log(config, config.accesslog, STDOUT_FILENO, g_log.access_file);
 }
@@ -2891,7 +2890,7 @@ private:
             return refuse(c, {400, "contradicting X-Forwarded fields"});
         }
         c.env = make_environ(request, c.ends, https ? "https" : "http");
-        if (g_log.level == "debug") { log(Level::Debug, escape(c.request_line())); }
+        if (g_log.level == Level::Debug) { log(Level::Debug, escape(c.request_line())); }
         c.taken = string();
         set_state(c, State::ReadBody);
         if (too_large(request.length)) { return refuse(c, {413, "the body is too large"}); }
