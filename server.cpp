@@ -995,12 +995,10 @@ void address_text(const sockaddr_storage& address, string& host, string& port) {
     const auto& v4 = reinterpret_cast<const sockaddr_in&>(address);
     const auto& v6 = reinterpret_cast<const sockaddr_in6&>(address);
     const bool is_v6 = address.ss_family == AF_INET6;
-    const bool mapped = is_v6 && IN6_IS_ADDR_V4MAPPED(&v6.sin6_addr);  // ::ffff:127.0.0.1
     if (!is_v6 && address.ss_family != AF_INET) { return; }
-    const void* number = mapped  ? v6.sin6_addr.s6_addr + 12
-                         : is_v6 ? static_cast<const void*>(&v6.sin6_addr)
-                                 : &v4.sin_addr;
-    host = ::inet_ntop(is_v6 && !mapped ? AF_INET6 : AF_INET, number, text, sizeof text);
+    const void* number = is_v6 ? static_cast<const void*>(&v6.sin6_addr) : &v4.sin_addr;
+    host = ::inet_ntop(address.ss_family, number, text, sizeof text);
+    if (is_v6 && IN6_IS_ADDR_V4MAPPED(&v6.sin6_addr)) { host.erase(0, std::strlen("::ffff:")); }
     port = to_string(ntohs(is_v6 ? v6.sin6_port : v4.sin_port));
 }
 
