@@ -1160,11 +1160,10 @@ Error drop_privileges(const Config& config) {
 /// The process that a pid file names, 0 if there is none.
 pid_t read_pidfile(const string& path) {
     const Fd file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-    char text[32];
+    char text[32] = "";
     int64_t pid = 0;
-    const ssize_t n = file ? read_some(file, text, sizeof text) : 0;
-    string_view line(text, static_cast<size_t>(std::max<ssize_t>(n, 0)));
-    return parse_number(cut(line, '\n'), pid) ? static_cast<pid_t>(pid) : 0;
+    (void)read_some(file, text, sizeof text - 1);
+    return parse_number({text, std::strcspn(text, "\n")}, pid) ? static_cast<pid_t>(pid) : 0;
 }
 
 /// While there is an old master its pid file stays, and ours stands beside it.
@@ -1220,10 +1219,10 @@ void make_title_room(Config& config, char** argv, int argc) {
     config.title = argv[0];
     config.title_size = static_cast<size_t>(last + std::strlen(last) - config.title) + 1;
 #ifdef PR_SET_MM_MAP  // prctl(2); the numbers of the fields are those of proc(5)
-    char stat[1024];
+    char stat[1024] = "";
     const Fd file(::open("/proc/self/stat", O_RDONLY | O_CLOEXEC));
-    const ssize_t n = file ? read_some(file, stat, sizeof stat) : 0;
-    string_view line(stat, static_cast<size_t>(std::max<ssize_t>(n, 0)));
+    (void)read_some(file, stat, sizeof stat - 1);
+    string_view line = stat;
     line.remove_prefix(std::min(line.rfind(')') + 2, line.size()));
     int64_t fields[52] = {};
     for (int i = 3; i < 52; ++i) { parse_number(cut(line, ' '), fields[i]); }
