@@ -659,9 +659,8 @@ Error parse_option(Config& config, const std::vector<const char*>& args, size_t&
     const string arg = args[i];
     const bool is_long = arg[1] == '-';
     const size_t end = is_long ? std::min(arg.find('='), arg.size()) : 2;
-    const string name = is_long ? arg.substr(2, end - 2) : arg.substr(1, 1);
     const Option* option = find(kOptions, [&](const Option& o) {
-        return is_long ? name == o.name() : name.front() == o.text[1];
+        return is_long ? arg.substr(2, end - 2) == o.name() : arg[1] == o.text[1];
     });
     if (option == nullptr) { return {2, "unknown option " + arg}; }
     const bool attached = arg.size() > end, takes_value = option->takes_value();
