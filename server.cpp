@@ -1018,8 +1018,8 @@ Error describe(Fd fd, Listener& made) {
         return {1, "descriptor " + number + " is no listening socket, or named twice"};
     }
     const sockaddr_storage name = socket_name(fd.get());
-    const bool v6 = name.ss_family == AF_INET6;
     address_text(name, made.host, made.port);
+    const bool v6 = made.host.find(':') != string::npos;
     made.wildcard = made.host == (v6 ? "::" : "0.0.0.0");
     made.text = "http://" + (v6 ? "[" + made.host + "]" : made.host) + ":" + made.port;
     if (name.ss_family == AF_UNIX) {
@@ -1162,7 +1162,8 @@ pid_t read_pidfile(const string& path) {
     char text[32] = "";
     int64_t pid = 0;
     (void)read_some(file, text, sizeof text - 1);
-    return parse_number({text, std::strcspn(text, "\n")}, pid) ? static_cast<pid_t>(pid) : 0;
+    const bool good = parse_number({text, std::strcspn(text, "\n")}, pid) && pid <= INT_MAX;
+    return good ? static_cast<pid_t>(pid) : 0;
 }
 
 /// While there is an old master its pid file stays, and ours stands beside it.

@@ -2171,6 +2171,22 @@ TEST_CASE("every atom of the access log has its value, or a dash") {
               " \"PUT /a%20b?q=1 HTTP/1.1\" 201 1234 \"http://r/\" \"curl\"\n");
 }
 
+TEST_CASE("a pid file names a process by a number that one can have, on a line of its own") {
+    const TempDir dir;
+    const struct {
+        string text;
+        pid_t pid;
+    } rows[] = {{"12\n", 12}, {"12", 12},          {"12\nx", 12},       {"", 0},
+                {"\n", 0},    {"x\n", 0},          {"4294967297\n", 0}, {"12 \n", 0},
+                {"-1\n", 0},  {string(40, '1'), 0}};
+    for (const auto& row : rows) {
+        CAPTURE(row.text);
+        write_file(dir.path + "/pid", row.text);
+        CHECK(read_pidfile(dir.path + "/pid") == row.pid);
+    }
+    CHECK(read_pidfile(dir.path + "/none") == 0);
+}
+
 TEST_CASE("an address that IPv6 only wraps is shown as what it is") {
     const auto shown = [](int family, const char* text) {
         sockaddr_storage address{};
@@ -2188,6 +2204,21 @@ TEST_CASE("an address that IPv6 only wraps is shown as what it is") {
     CHECK(shown(AF_INET6, "::ffff:10.0.0.9") == "10.0.0.9 80");
     CHECK(shown(AF_INET6, "fe80::1") == "fe80::1 80");
     CHECK(shown(AF_INET6, "::10.0.0.9") == "::10.0.0.9 80");
+    for (const string host : {"127.0.0.1", "0.0.0.0"}) {  // an IPv6 socket of systemd's, say
+        CAPTURE(host);
+        Fd fd(::socket(AF_INET6, SOCK_STREAM, 0));
+        sockaddr_in6 address{};
+        address.sin6_family = AF_INET6;
+        REQUIRE(::inet_pton(AF_INET6, ("::ffff:" + host).c_str(), &address.sin6_addr) == 1);
+        const int off = 0;
+        ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
+        if (::bind(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) < 0) { return; }
+        REQUIRE(::listen(fd.get(), 1) == 0);
+        Listener made;
+        CHECK_FALSE(describe(std::move(fd), made));
+        CHECK(made.text == "http://" + host + ":" + made.port);
+        CHECK(made.wildcard == (host == "0.0.0.0"));
+    }
 }
 
 TEST_CASE("nothing that a client sent can break a line of the access log") {
