@@ -1324,19 +1324,16 @@ bool percent_decode(string_view text, string& out) {
 
 /// host [ ":" port ] (RFC 3986 section 3.2.2); empty is a valid host.
 bool is_host(string_view text) {
-    const bool literal = text.substr(0, 1) == "[";
-    const size_t end = literal ? text.find(']') : std::min(text.find(':'), text.size());
-    if (end == string::npos) { return false; }
-    const string name(text.substr(literal ? 1 : 0, end - (literal ? 1 : 0)));
-    const string_view port = text.substr(end + (literal ? 1 : 0));
-    for (size_t i = 0; i < name.size(); ++i) {
+    const size_t end = std::min(text.find(':', text.rfind(']') + 1), text.size());
+    if (text.find_first_not_of("0123456789", end + 1) != string::npos) { return false; }
+    const string name(text.substr(0, end));
+    for (size_t i = 0; i < end; ++i) {
         if (name[i] == '%' && percent_byte(name, i) < 0) { return false; }
     }
     in6_addr v6;
-    return (literal ? ::inet_pton(AF_INET6, name.c_str(), &v6) == 1
-                    : is_made_of(name, "%-._~!$&'()*+,;=")) &&
-           (port.empty() ||
-            (port.front() == ':' && port.find_first_not_of("0123456789", 1) == string::npos));
+    const bool literal = end > 1 && name.front() == '[' && name.back() == ']';
+    return literal ? ::inet_pton(AF_INET6, name.substr(1, end - 2).c_str(), &v6) == 1
+                   : is_made_of(name, "%-._~!$&'()*+,;=");
 }
 
 /// Cuts a field line in two (RFC 9112 section 5). False: obs-fold, a blank before the colon,
