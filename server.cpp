@@ -1459,12 +1459,10 @@ private:
 
     /// "HTTP/" DIGIT "." DIGIT (RFC 9112 section 2.3); 1.2 and the like are served as 1.1.
     Error take_version(string_view text) {
-        if (text.substr(0, 5) != "HTTP/") { return {400, "no HTTP version"}; }
-        text.remove_prefix(5);
-        const bool dot = text.find('.') != string::npos;
+        const bool http = cut(text, '/') == "HTTP", dot = text.find('.') != string::npos;
         const string_view major = cut(text, '.');
         int64_t ignored;
-        if (!parse_number(major, ignored) || (dot && !parse_number(text, ignored))) {
+        if (!http || !parse_number(major, ignored) || (dot && !parse_number(text, ignored))) {
             return {400, "not an HTTP version"};
         }
         request.minor = text == "0" ? 0 : 1;
