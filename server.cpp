@@ -1283,7 +1283,7 @@ struct Request {
     string fields;                             // an environ block; repeated ones are joined
     string codings;                            // ",chunked": each behind a comma
     int64_t length = -1;                       // Content-Length; -1: none
-    bool chunked = false, expect_continue = false;
+    bool expect_continue = false;
     int https = 0, http = 0;  // fields of proxies that say it was, or was not
 };
 
@@ -1357,40 +1357,37 @@ class RequestParser {
 public:
     explicit RequestParser(const Config& config) : config_(config) {}
 
-    /// How far the body has come: all that another parser needs to go on from there.
-    struct Framing {
-        int part, fields;
-        int64_t left;
-        bool chunked;
-    };
-    Framing framing() const { return {static_cast<int>(part_), fields_, left_, request.chunked}; }
-    void resume(const Framing& at) {
-        part_ = static_cast<Part>(at.part);
-        fields_ = at.fields;
-        left_ = at.left;
-        request.chunked = at.chunked;
-    }
+    enum class Part { RequestLine, Fields, Data, DataEnd, ChunkSize, Trailers, End };
 
+    /// How far it has come: in the body, all that another parser needs to go on from there.
+    struct Framing {
+        Part part = Part::RequestLine;
+        int fields = 0;    // in the head, then in the trailer section
+        int64_t left = 0;  // bytes of the body or of the chunk still to come
+        bool chunked = false;
+    };
+
+    Framing at;
     Request request;
     Error error;  // after Bad
 
     /// Takes from the front of `in` and is called again until it says NeedMore (then with what is
     /// left and more), Done or Bad. Head: the head is complete. Data: `piece` is of the body.
     Parse next(string_view& in, string_view& piece) {
-        while (part_ != Part::End) {
-            if (part_ == Part::Data) {
-                piece = in.substr(0, static_cast<size_t>(std::min<int64_t>(left_, INT_MAX)));
+        while (at.part != Part::End) {
+            if (at.part == Part::Data) {
+                piece = in.substr(0, static_cast<size_t>(std::min<int64_t>(at.left, INT_MAX)));
                 if (piece.empty()) { return Parse::NeedMore; }
                 in.remove_prefix(piece.size());
-                left_ -= static_cast<int64_t>(piece.size());
-                if (left_ == 0) { part_ = request.chunked ? Part::DataEnd : Part::End; }
+                at.left -= static_cast<int64_t>(piece.size());
+                if (at.left == 0) { at.part = at.chunked ? Part::DataEnd : Part::End; }
                 return Parse::Data;
             }
             const size_t end = in.find('\n', scanned_);
             string_view line = in.substr(0, end);
-            const bool crlf = !line.empty() && line.back() == '\r', head = part_ <= Part::Fields;
+            const bool crlf = !line.empty() && line.back() == '\r', head = at.part <= Part::Fields;
             if (crlf) { line.remove_suffix(1); }
-            if (part_ == Part::RequestLine) { request.line = line; }
+            if (at.part == Part::RequestLine) { request.line = line; }
             error = check_size(line.size());
             scanned_ = end == string::npos ? in.size() : 0;
             if (!error && end == string::npos) { return Parse::NeedMore; }
@@ -1399,21 +1396,19 @@ public:
             if (error) { return Parse::Bad; }
             in.remove_prefix(end + 1);
             head_size_ += head ? end + 1 : 0;
-            if (head && part_ > Part::Fields) { return Parse::Head; }
+            if (head && at.part > Part::Fields) { return Parse::Head; }
         }
         return Parse::Done;
     }
 
 private:
-    enum class Part { RequestLine, Fields, Data, DataEnd, ChunkSize, Trailers, End };
-
     Error check_size(size_t line) const {
-        const bool first = part_ == Part::RequestLine, in_head = first || part_ == Part::Fields;
-        const bool in_chunks = part_ == Part::ChunkSize || part_ == Part::DataEnd;
-        const int limit = first                      ? config_.limit_request_line
-                          : part_ == Part::ChunkSize ? kMaxChunkLine
-                          : part_ == Part::DataEnd   ? 0
-                                                     : config_.limit_request_field_size;
+        const bool first = at.part == Part::RequestLine, in_head = first || at.part == Part::Fields;
+        const bool in_chunks = at.part == Part::ChunkSize || at.part == Part::DataEnd;
+        const int limit = first                        ? config_.limit_request_line
+                          : at.part == Part::ChunkSize ? kMaxChunkLine
+                          : at.part == Part::DataEnd   ? 0
+                                                       : config_.limit_request_field_size;
         const bool fits = line <= static_cast<size_t>(limit) || (first && limit == 0);
         if (fits && (!in_head || head_size_ + line <= size_t{kMaxHead})) { return {}; }
         return first       ? Error{414, "the request line is too long"}
@@ -1422,17 +1417,17 @@ private:
     }
 
     Error take_line(string_view line) {
-        switch (part_) {
+        switch (at.part) {
             case Part::RequestLine:
                 if (line.empty() && !std::exchange(skipped_, true)) { return {}; }
-                part_ = Part::Fields;
+                at.part = Part::Fields;
                 return take_request_line(line);
             case Part::Fields: return line.empty() ? finish_head() : take_field(line);
             case Part::ChunkSize: return take_chunk_size(line);
-            case Part::DataEnd: part_ = Part::ChunkSize; return {};
+            case Part::DataEnd: at.part = Part::ChunkSize; return {};
             case Part::Trailers:
                 if (!line.empty()) { return take_field(line); }
-                part_ = Part::End;
+                at.part = Part::End;
                 return {};
             case Part::Data:
             case Part::End: break;
@@ -1495,11 +1490,11 @@ private:
     Error take_field(string_view line) {
         Request& r = request;
         string_view name, value;
-        if (++fields_ > config_.limit_request_fields) { return {431, "too many header fields"}; }
+        if (++at.fields > config_.limit_request_fields) { return {431, "too many header fields"}; }
         if (!split_field(line, name, value)) { return {400, "not a header field"}; }
         const auto is = [&](const char* other) { return same_name(name, other); };
         const bool is_length = is("content-length"), is_host_field = is("host");
-        if (part_ == Part::Trailers) {
+        if (at.part == Part::Trailers) {
             const bool bad = is_length || is_host_field || is("transfer-encoding");
             return bad ? Error{400, "not a trailer field"} : Error{};
         }
@@ -1521,8 +1516,8 @@ private:
         const string_view known = lookup(r.fields, key);
         if (known.data() == nullptr) { return add_variable(r.fields, key, value), Error{}; }
         if (is_host_field || is("content-type")) { return {400, "two of " + key}; }
-        const size_t at = static_cast<size_t>(known.end() - r.fields.data());
-        r.fields.insert(at, (is("cookie") ? "; " : ",") + string(value));
+        const size_t end = static_cast<size_t>(known.end() - r.fields.data());
+        r.fields.insert(end, (is("cookie") ? "; " : ",") + string(value));
         return {};
     }
 
@@ -1537,8 +1532,8 @@ private:
         if (expect.data() != nullptr && !same_name(expect, "100-continue")) {
             return {417, "not an expectation"};
         }
-        left_ = std::max<int64_t>(r.length, 0);
-        part_ = left_ > 0 ? Part::Data : Part::End;
+        at.left = std::max<int64_t>(r.length, 0);
+        at.part = at.left > 0 ? Part::Data : Part::End;
         return r.codings.empty() ? Error{} : take_codings(string_view(r.codings).substr(1));
     }
 
@@ -1553,31 +1548,28 @@ private:
         for (bool more = true; more; ++codings) {
             more = value.find(',') != string::npos;
             const string_view coding = trim(cut(value, ','));
-            if (!is_token(coding) || r.chunked) { return {400, "not a Transfer-Encoding"}; }
-            r.chunked = same_name(coding, "chunked");
+            if (!is_token(coding) || at.chunked) { return {400, "not a Transfer-Encoding"}; }
+            at.chunked = same_name(coding, "chunked");
         }
-        fields_ = 0;
-        part_ = Part::ChunkSize;
-        return r.chunked && codings == 1 ? Error{} : Error{501, "a coding other than chunked"};
+        at.fields = 0;
+        at.part = Part::ChunkSize;
+        return at.chunked && codings == 1 ? Error{} : Error{501, "a coding other than chunked"};
     }
 
     /// chunk-size [ chunk-ext ] (RFC 9112 section 7.1); a blank may stand before an extension.
     Error take_chunk_size(string_view line) {
         string_view size = line.substr(0, line.find(';'));
         if (size.size() < line.size()) { size = size.substr(0, size.find_last_not_of(" \t") + 1); }
-        if (size.size() > 16 || !is_field_value(line) || !parse_number(size, left_, 16)) {
+        if (size.size() > 16 || !is_field_value(line) || !parse_number(size, at.left, 16)) {
             return {400, "not a chunk size"};
         }
-        part_ = left_ > 0 ? Part::Data : Part::Trailers;
+        at.part = at.left > 0 ? Part::Data : Part::Trailers;
         return {};
     }
 
     const Config& config_;
-    Part part_ = Part::RequestLine;
     size_t scanned_ = 0, head_size_ = 0;  // bytes without LF at the front; of the head so far
-    int fields_ = 0;                      // in the head, then in the trailer section
     bool skipped_ = false;                // one empty line before the request is allowed
-    int64_t left_ = 0;                    // bytes of the body or of the chunk still to come
 };
 
 /// Whether a list of addresses and networks (10.0.0.0/8, ::1, *) holds an address. A client on a
@@ -2325,7 +2317,7 @@ struct Connection {
     string pack() {
         pass.state = state;
         pass.deadline = deadline;
-        pass.framing = parser.framing();
+        pass.framing = parser.at;
         pass.stored = body.stored();
         string message(reinterpret_cast<const char*>(&pass), sizeof pass);
         for (const string* part :
@@ -2886,7 +2878,7 @@ private:
         c.taken = string();
         set_state(c, State::ReadBody);
         if (too_large(request.length)) { return refuse(c, {413, "the body is too large"}); }
-        if (request.expect_continue && !has_more && (request.chunked || request.length > 0)) {
+        if (request.expect_continue && !has_more && (c.parser.at.chunked || request.length > 0)) {
             c.out.append("HTTP/1.1 100 Continue\r\n\r\n", kReplyMemory);
             flush(c);
         }
@@ -2898,7 +2890,7 @@ private:
 
     /// The request is complete: dispatch() gives it to a runner, or it waits.
     void ready(Connection& c) {
-        if (c.parser.request.chunked) {
+        if (c.parser.at.chunked) {
             c.env.insert(sizeof "CONTENT_LENGTH", to_string(c.body.size()));
         }
         c.pass.more = !c.in.empty();
@@ -3053,7 +3045,7 @@ private:
         if (pass.stored > 0) { c->body.adopt_file(raise_fd(std::move(file)), pass.stored); }
         set_state(*c, pass.state);
         c->deadline = pass.deadline;
-        if (c->state == State::ReadBody) { c->parser.resume(pass.framing); }
+        if (c->state == State::ReadBody) { c->parser.at = pass.framing; }
         if (c->state == State::ReadHead && !c->in.empty()) { parse(*c, ""); }
         if (c->state <= State::Ready && !pass.eof) { read_client(*c); }  // more, or a reset?
         if (lost && c->state <= State::Ready) {

@@ -585,7 +585,8 @@ struct Outcome {
 };
 
 /// METHOD|PATH|QUERY|PROTOCOL|fields…|length=N|chunked|expect
-string meaning_of(const Request& request) {
+string meaning_of(const RequestParser& parser) {
+    const Request& request = parser.request;
     const string block = make_environ(request, Endpoints{});
     const auto value = [&](const char* name) { return string(lookup(block, name)); };
     string text = value("REQUEST_METHOD") + "|" + value("PATH_INFO") + "|" + value("QUERY_STRING") +
@@ -597,7 +598,8 @@ string meaning_of(const Request& request) {
         }
     }
     if (request.length >= 0) { text += "|length=" + to_string(request.length); }
-    return text + (request.chunked ? "|chunked" : "") + (request.expect_continue ? "|expect" : "");
+    return text + (parser.at.chunked ? "|chunked" : "") +
+           (request.expect_continue ? "|expect" : "");
 }
 
 /// With $FUZZ_SEEDS, the cases of the tables become the first inputs of `make fuzz`: there is a
@@ -631,7 +633,7 @@ Outcome feed(RequestParser& parser, string_view bytes, size_t step, Parse goal) 
 Outcome parse_head(string_view bytes, const Config& config, size_t step) {
     RequestParser parser(config);
     Outcome outcome = feed(parser, bytes, step, Parse::Head);
-    if (outcome.status == 0) { outcome.meaning = meaning_of(parser.request); }
+    if (outcome.status == 0) { outcome.meaning = meaning_of(parser); }
     return outcome;
 }
 
