@@ -3934,10 +3934,8 @@ private:
         const pid_t pid = error ? -1 : ::fork();
         if (pid == 0) {
             workers_.clear();
-            const bool next = generation != generation_ && next_directory_;
-            if (next || directory_) {
-                (void)!::fchdir((next ? next_directory_ : directory_).get());
-            }
+            (void)!::fchdir(directory_.get());  // there is one after a reload
+            if (generation != generation_) { (void)!::fchdir(next_directory_.get()); }
             directory_.reset(), next_directory_.reset(), workers_say_.first.reset();
             Worker* worker = new Worker(config_, listeners_, queue_, tmp,
                                         std::move(workers_say_.second), arbiter);
