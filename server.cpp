@@ -3625,7 +3625,7 @@ struct WorkerInfo {
     Fd tmp;                      // its heartbeat file
     Time spawned, last_change;   // when, on our clock, we saw the heartbeat change
     int64_t last_update = 0;     // its ctime
-    Time stop_by = Time::max();  // SIGKILL, once it has been told to stop
+    Time stop_by = Time::max();  // SIGKILL, once it has been told to stop or aborted
     bool booted = false, stopping = false, aborted = false;
 };
 
@@ -3643,10 +3643,11 @@ public:
             for (const Pair* each : {&g_self_pipe, &workers_say_}) {
                 FD_SET(each->first.get(), &reads);
             }
-            const Time until = now_ + (stopping_ || aborting_ ? kTick : 1000ms);
-            wait_ready(
-                std::max(g_self_pipe.first.get(), workers_say_.first.get()), reads, writes,
-                spawn_again_ > now_ ? std::min(until, spawn_again_) : std::min(until, reload_at_));
+            const bool dying =
+                find(workers_, [](const WorkerInfo& w) { return w.stop_by < Time::max(); });
+            const Time until = std::min(now_ + (dying ? kTick : 1000ms), reload_at_);
+            wait_ready(std::max(g_self_pipe.first.get(), workers_say_.first.get()), reads, writes,
+                       spawn_again_ > now_ ? std::min(until, spawn_again_) : until);
             const Time before = std::exchange(now_, Clock::now());
             if (now_ > before + 1500ms) {  // we were stopped: silence of the workers proves nothing
                 for (WorkerInfo& worker : workers_) { worker.last_change = now_; }
@@ -3842,17 +3843,13 @@ private:
     /// were told to stop and have not in time.
     void murder_workers() {
         read_heartbeats();
-        aborting_ = false;
         for (WorkerInfo& worker : workers_) {
             if (now_ >= worker.stop_by) { ::kill(worker.pid, SIGKILL); }
-            if (config_.timeout == 0s || now_ < worker.last_change + config_.timeout) { continue; }
-            aborting_ = true;
-            worker.last_change = now_ - config_.timeout + kKillDelay;
-            const bool again = std::exchange(worker.aborted, true);
-            if (!again) {
-                log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(worker.pid) + ")");
-            }
-            ::kill(worker.pid, again ? SIGKILL : SIGABRT);
+            const bool late = config_.timeout > 0s && now_ >= worker.last_change + config_.timeout;
+            if (!late || std::exchange(worker.aborted, true)) { continue; }
+            worker.stop_by = std::min(worker.stop_by, now_ + kKillDelay);
+            log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(worker.pid) + ")");
+            ::kill(worker.pid, SIGABRT);
         }
     }
 
@@ -3962,7 +3959,7 @@ private:
     Fd directory_, next_directory_;    // of these, once there was a reload
     pid_t canary_ = -1;
     int failures_ = 0, status_ = 0;
-    bool stopping_ = false, ever_booted_ = false, aborting_ = false;
+    bool stopping_ = false, ever_booted_ = false;
     bool paused_ = false;     // by WINCH: no workers
     bool tell_ready_ = true;  // systemd waits to hear that we are
     Time now_ = Clock::now(), spawn_again_ = now_, reload_at_ = Time::max();
