@@ -3818,7 +3818,7 @@ private:
         for (WorkerInfo& worker : workers_) {
             if (worker.pid == canary_) { stop_worker(worker, SIGTERM); }
         }
-        canary_ = spawn_worker(++newest_);
+        canary_ = spawn_worker(generation_ + 1);
     }
 
     /// Looks at the heartbeat files: who lives, who is ready. A canary that is ready makes its
@@ -3954,9 +3954,9 @@ private:
     std::vector<Listener> listeners_;
     Pair queue_, workers_say_;  // not through the self-pipe: they could send signals of any kind
     std::vector<WorkerInfo> workers_;
-    pid_t reexec_pid_ = 0;             // another master, our child
-    int generation_ = 0, newest_ = 0;  // the one that serves; the one last tried
-    Fd directory_, next_directory_;    // of these, once there was a reload
+    pid_t reexec_pid_ = 0;           // another master, our child
+    int generation_ = 0;             // the one that serves
+    Fd directory_, next_directory_;  // its own, and the next one's, once there was a reload
     pid_t canary_ = -1;
     int failures_ = 0, status_ = 0;
     bool stopping_ = false, ever_booted_ = false;
@@ -3988,8 +3988,8 @@ Error apply(Config& config) {
     }
     if (environment("SERVER_UPGRADE") == to_string(::getppid())) {
         config.old_master = ::getppid();
+        config.inodes = environment("LISTEN_FDNAMES");
     }
-    if (config.old_master > 0) { config.inodes = environment("LISTEN_FDNAMES"); }
     for (const char* name : {"SERVER_UPGRADE", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
                              "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
         ::unsetenv(name);  // what is between systemd and this server
