@@ -1419,7 +1419,7 @@ private:
     Error take_line(string_view line) {
         switch (at.part) {
             case Part::RequestLine:
-                if (line.empty() && !std::exchange(skipped_, true)) { return {}; }
+                if (line.empty() && head_size_ == 0) { return {}; }  // one may come before it
                 at.part = Part::Fields;
                 return take_request_line(line);
             case Part::Fields: return line.empty() ? finish_head() : take_field(line);
@@ -1569,7 +1569,6 @@ private:
 
     const Config& config_;
     size_t scanned_ = 0, head_size_ = 0;  // bytes without LF at the front; of the head so far
-    bool skipped_ = false;                // one empty line before the request is allowed
 };
 
 /// Whether a list of addresses and networks (10.0.0.0/8, ::1, *) holds an address. A client on a
@@ -2209,12 +2208,11 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     if (::getppid() != worker) { ::_exit(0); }
     block_signals(false);
     const string label = "server: runner [" + config.proc_name + "]";
-    const string command = "exec " + config.runner;
     const char* python = config.python.c_str();
     if (config.runner.empty()) {
         ::execlp(python, python, "-u", "-c", boot.c_str(), label.c_str(), nullptr);
     } else {
-        ::execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
+        ::execl("/bin/sh", "sh", "-c", ("exec " + config.runner).c_str(), nullptr);
     }
     log(Level::Error, os_error("cannot run " + config.python).text);
     ::_exit(kWorkerBootError);
