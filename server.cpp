@@ -4085,11 +4085,9 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    for (int fd = 0; fd <= STDERR_FILENO;) {  // a socket must not become a standard descriptor
-        fd = ::open("/dev/null", O_RDWR | (fd > 0 ? O_CLOEXEC : 0));
-        if (fd > STDERR_FILENO) { ::close(fd); }
-        if (fd < 0) { break; }  // there is no /dev/null
-    }
+    int null = 0;  // a socket must not become a standard descriptor
+    while (null >= 0 && null <= STDERR_FILENO) { null = ::open("/dev/null", O_RDWR); }
+    ::close(null);  // or there is no /dev/null
     set_signals({SIGPIPE, SIGXFSZ}, SIG_IGN);
     g_log.error_file.reset(::fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3));
     Config config;
