@@ -3747,23 +3747,19 @@ private:
         for (Listener& each : listeners_) {  // first out of the way, then into their places
             each.fd.reset(::fcntl(each.fd.get(), F_DUPFD_CLOEXEC, 3 + count));
         }
-        for (int i = 0; i < count; ++i) {
-            ::dup2(listeners_[static_cast<size_t>(i)].fd.get(), 3 + i);
-        }
+        int place = 3;
+        for (const Listener& each : listeners_) { ::dup2(each.fd.get(), place++); }
         ::setenv("LISTEN_FDS", to_string(count).c_str(), 1);
         ::setenv("LISTEN_PID", to_string(::getpid()).c_str(), 1);
         string inodes;
         for (const Listener& each : listeners_) { inodes += to_string(each.inode) + ":"; }
         ::setenv("LISTEN_FDNAMES", inodes.c_str(), 1);
         ::setenv("SERVER_UPGRADE", to_string(::getppid()).c_str(), 1);
-        if (!config_.notify_socket.empty()) {
-            ::setenv("NOTIFY_SOCKET", config_.notify_socket.c_str(), 1);
-        }
+        ::setenv("NOTIFY_SOCKET", config_.notify_socket.c_str(), 1);  // empty: there is none
         set_soft_limit(config_.files);
         (void)!::chdir(config_.directory.c_str());
         std::vector<char*> words;
-        Strings argv = config_.argv;
-        for (string& word : argv) { words.push_back(word.data()); }
+        for (string& word : config_.argv) { words.push_back(word.data()); }
         words.push_back(nullptr);
         ::execvp(words[0], words.data());
         log(Level::Error, os_error("cannot start the new master").text);
