@@ -3689,19 +3689,14 @@ private:
         for (Pair* each : {&g_self_pipe, &workers_say_}) {
             if (Error error = make_pipe(*each, true)) { return error; }
         }
-        set_signals({SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGCHLD, SIGUSR1, SIGUSR2,
-                     SIGWINCH},
-                    on_signal);
+        for (const auto& [number, name] : kSignals) { set_signals({number}, on_signal); }
+        set_signals({SIGCHLD}, on_signal);
         block_signals(false);
         return {};
     }
 
     void handle_signal(int number) {
-        static constexpr std::pair<int, const char*> kNames[] = {
-            {SIGHUP, "hup"},   {SIGINT, "int"},   {SIGQUIT, "quit"},
-            {SIGTERM, "term"}, {SIGTTIN, "ttin"}, {SIGTTOU, "ttou"},
-            {SIGUSR1, "usr1"}, {SIGUSR2, "usr2"}, {SIGWINCH, "winch"}};
-        for (const auto& [each, name] : kNames) {
+        for (const auto& [each, name] : kSignals) {
             if (each == number) { log(Level::Info, string("Handling signal: ") + name); }
         }
         if (number == SIGHUP) { handle_hup(); }
@@ -3944,6 +3939,10 @@ private:
         return pid;
     }
 
+    static constexpr std::pair<int, const char*> kSignals[] = {
+        {SIGHUP, "hup"},   {SIGINT, "int"},   {SIGQUIT, "quit"},
+        {SIGTERM, "term"}, {SIGTTIN, "ttin"}, {SIGTTOU, "ttou"},
+        {SIGUSR1, "usr1"}, {SIGUSR2, "usr2"}, {SIGWINCH, "winch"}};
     Config& config_;  // `workers` and `old_master` change
     std::vector<Listener> listeners_;
     Pair queue_, workers_say_;  // not through the self-pipe: they could send signals of any kind
