@@ -1667,6 +1667,7 @@ string make_environ(const Request& r, const Endpoints& ends, string_view scheme 
         server = host.substr(0, host.find(':', host.rfind(']') + 1));
         port = host.substr(std::min(server.size() + 1, host.size()));
         if (server.empty()) { server = "localhost"; }  // PEP 3333: never empty
+        if (port.empty()) { port = scheme == "https" ? "443" : "80"; }
     }
     const std::pair<const char*, string_view> variables[] = {
         {"REQUEST_METHOD", r.method},
@@ -1677,9 +1678,7 @@ string make_environ(const Request& r, const Endpoints& ends, string_view scheme 
         {"REQUEST_URI", r.target},
         {"SERVER_PROTOCOL", r.minor > 0 ? "HTTP/1.1" : "HTTP/1.0"},
         {"SERVER_NAME", server},
-        {"SERVER_PORT", !port.empty()       ? port
-                        : scheme == "https" ? "443"
-                                            : "80"},
+        {"SERVER_PORT", port},
         {"REMOTE_ADDR", ends.peer},
         {"REMOTE_PORT", ends.peer_port},
         {"wsgi.url_scheme", scheme}};
