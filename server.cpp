@@ -3637,9 +3637,8 @@ public:
         while (!stopping_ || !workers_.empty()) {
             manage_workers();
             fd_set reads{}, writes{};
-            for (const Pair* each : {&g_self_pipe, &workers_say_}) {
-                FD_SET(each->first.get(), &reads);
-            }
+            FD_SET(g_self_pipe.first.get(), &reads);
+            FD_SET(workers_say_.first.get(), &reads);
             const bool dying =
                 find(workers_, [](const WorkerInfo& w) { return w.stop_by < Time::max(); });
             const Time until = std::min(now_ + (dying ? kTick : 1000ms), reload_at_);
@@ -3685,9 +3684,8 @@ private:
         if (::socketpair(AF_UNIX, SOCK_DGRAM, 0, fds) < 0) { return os_error("no ready queue"); }
         queue_ = {Fd(fds[0]), Fd(fds[1])};
         for (const int fd : fds) { set_flags(fd, true); }
-        for (Pair* each : {&g_self_pipe, &workers_say_}) {
-            if (Error error = make_pipe(*each, true)) { return error; }
-        }
+        if (Error error = make_pipe(g_self_pipe, true)) { return error; }
+        if (Error error = make_pipe(workers_say_, true)) { return error; }
         for (const auto& [number, name] : kSignals) { set_signals({number}, on_signal); }
         set_signals({SIGCHLD}, on_signal);
         block_signals(false);
