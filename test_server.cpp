@@ -8554,8 +8554,9 @@ TEST_CASE("the file of a unix socket that another made stays, also after an upgr
         Server::before_exec = nullptr;
         CHECK(exists(own) != systemd);
         server.signal(SIGUSR2);
-        REQUIRE(wait_for([&] { return masters_of(server).size() == 1; }));
-        const pid_t heir = masters_of(server)[0];
+        vector<pid_t> heirs;  // it is none for a moment, while it executes the program
+        REQUIRE(wait_for([&] { return (heirs = masters_of(server)).size() == 1; }));
+        const pid_t heir = heirs[0];
         REQUIRE(wait_for([&] { return server.ready_workers(heir) == 2; }));
         server.signal(SIGTERM);
         REQUIRE(server.wait_end());
