@@ -1686,7 +1686,8 @@ string make_environ(const Request& r, const Endpoints& ends, string_view scheme 
     block.reserve(512 + r.fields.size());
     add_variable(block, "CONTENT_LENGTH", r.length < 0 ? "" : to_string(r.length));
     for (const auto& [name, value] : variables) { add_variable(block, name, value); }
-    return block += r.fields;
+    block += r.fields;
+    return block;
 }
 
 // ============================================================================
@@ -1750,7 +1751,8 @@ string final_head(const Response& r, int minor, bool chunked) {
     head.reserve(256);
     (head += r.line) += r.has_server ? "\r\n" : "\r\nServer: server\r\n";
     ((head += r.has_date ? "" : date) += "Connection: close\r\n") += r.fields;
-    return head += chunked ? "Transfer-Encoding: chunked\r\n\r\n" : "\r\n";
+    head += chunked ? "Transfer-Encoding: chunked\r\n\r\n" : "\r\n";
+    return head;
 }
 
 /// The server's own answer; it echoes nothing of the request.
@@ -2057,7 +2059,8 @@ main(*map(os.fsdecode, settings))
 string netstring(string_view payload, string_view rest = "") {
     string text = to_string(payload.size()) + ":";
     text.reserve(text.size() + payload.size() + 1 + rest.size());
-    return ((text += payload) += ',') += rest;
+    ((text += payload) += ',') += rest;
+    return text;
 }
 
 /// Tells what the frames of a runner mean, piece by piece, however the bytes arrive.
