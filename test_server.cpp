@@ -8727,7 +8727,7 @@ TEST_CASE("the runner that README.md shows whole answers" * doctest::skip(!have(
 
 TEST_SUITE_END();
 
-// --- what stands before the server: nginx, HAProxy, systemd ---------------------------------
+// --- what stands before the server, or starts it: nginx, HAProxy, systemd, runit, init -------
 // Their parts of the configuration are those of README.md, with other addresses.
 TEST_SUITE_BEGIN("peers");
 
@@ -8882,6 +8882,52 @@ TEST_CASE("systemd-socket-activate hands over its socket" *
     CHECK(wait_for([&] { return exists(path); }));
     CHECK(exchange(Client(path), get_bytes("/")).body == "hello\n");
     CHECK(contains(read_file(log), "Listening at: unix:" + path));
+}
+
+pid_t child_of(pid_t pid) { return std::atoi(output_of("pgrep -oP " + to_string(pid)).c_str()); }
+
+/// What README.md shows below `words` is "recipe" for `command`: it serves, also after a kill -9.
+void check_recipe(const string& words, const string& command, bool is_init) {
+    const TempDir dir;
+    const string readme = read_file("README.md"), log = dir.path + "/log", path = dir.path + "/s";
+    const size_t at = readme.find("\n", readme.find("```", readme.find("\n" + words + "\n"))) + 1;
+    const char* given = std::getenv("SERVER");
+    const string program = output_of("realpath " + string(given != nullptr ? given : "./server"));
+    string text = readme.substr(at, readme.find("```", at) - at);
+    text = replaced(text, "/usr/bin/server --chdir /srv/mysite", program + " --chdir " + dir.path);
+    write_file(dir.path + "/recipe", replaced(text, "-b :8080 -u nobody", "-b unix:" + path));
+    write_file(dir.path + "/app.py", kHello + "application = app\n"s);
+    {
+        const Program started({"sh", "-c", "cd " + dir.path + " && " + command});
+        for (const size_t n : {1U, 2U}) {
+            REQUIRE_MESSAGE(wait_for([&] { return count(read_file(log), "Listening at:") == n; }),
+                            read_file(log));
+            CHECK(exchange(Client(path), get_bytes("/")).body == "hello\n");
+            const pid_t parent = is_init ? child_of(started.pid) : started.pid;
+            const pid_t victim = n == 1 ? child_of(parent) : is_init ? parent : 0;
+            if (victim > 1) { ::kill(victim, n == 1 ? SIGKILL : SIGUSR1); }  // to init: halt
+        }
+    }
+    CHECK(contains(read_file(log), "Shutting down: Master"));
+    CHECK_FALSE(exists(path));
+}
+
+TEST_CASE("runit: the script of README.md" * doctest::skip(!have("runsv"))) {
+    check_recipe("runit, `/etc/sv/mysite/run`:",
+                 "mv recipe run && chmod +x run && exec runsv . >log 2>/dev/null", false);
+}
+
+// In a user namespace: an init that halts would remount what the whole machine has mounted.
+const string kUnshare = "unshare -rmpf --mount-proc --kill-child ";
+
+TEST_CASE("BusyBox init: the line of README.md" *
+          doctest::skip(!have("busybox") ||
+                        std::system((kUnshare + "busybox true 2>/dev/null").c_str()) != 0)) {
+    check_recipe("BusyBox, a line of `/etc/inittab`:",
+                 "mkdir etc && mv recipe etc/inittab && exec " + kUnshare +
+                     "sh -c 'mount --bind etc /etc && test -s /etc/inittab && exec busybox init' "
+                     ">log 2>&1",
+                 true);
 }
 
 TEST_SUITE_END();
