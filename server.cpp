@@ -1805,7 +1805,6 @@ Response error_response(int status, string& body) {
 // ============================================================================
 constexpr char kRunner[] = R"py(
 import faulthandler, fcntl, importlib, io, os, select, sys
-from wsgiref.util import FileWrapper
 
 class Gone(SystemExit): "The worker has gone, or wants no more."
 
@@ -1828,10 +1827,8 @@ class Response:
         self.slot, self.head, self.started = slot, None, False
 
     def start_response(self, status, headers, exc_info=None):
-        if exc_info and self.started:
-            raise exc_info[1].with_traceback(exc_info[2])
-        if self.head and not exc_info:
-            raise AssertionError("start_response was called twice")
+        if exc_info and self.started: raise exc_info[1].with_traceback(exc_info[2])
+        if self.head and not exc_info: raise AssertionError("start_response was called twice")
         head = ""
         for name, value in [("Status", status), *headers]:
             if not isinstance(name, str) or not isinstance(value, str):
@@ -1849,8 +1846,7 @@ class Response:
         for item in items:
             if not isinstance(item, bytes):
                 raise TypeError("the response is made of bytes, not %r" % type(item))
-        if self.head is None:
-            raise AssertionError("start_response was not called")
+        if self.head is None: raise AssertionError("start_response was not called")
         if not self.started: items = [self.head, *items]
         self.started = True
         size = sum(map(len, items))
@@ -1972,9 +1968,13 @@ class Slot:
                 report()
         self.end(response, parts, mark)
 
-class file_wrapper(FileWrapper):
+class file_wrapper:
     def __init__(self, filelike, blksize=65536):
-        super().__init__(filelike, max(blksize, 65536))  # smaller blocks cost time
+        self.filelike, self.blksize = filelike, max(blksize, 65536)  # smaller blocks cost time
+        self.close = getattr(filelike, "close", lambda: None)
+
+    def __iter__(self):
+        return iter(lambda: self.filelike.read(self.blksize), b"")
 
 def list_files(list_fd, told, names=()):
     """With --reload: the files that modules come from, and others, each once."""

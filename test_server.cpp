@@ -3084,6 +3084,15 @@ def app(environ, start_response):
     }
 }
 
+TEST_CASE("the runner needs no module that Debian's python3-minimal lacks") {
+    const TempDir lib;
+    for (const char* name : {"wsgiref", "json", "logging", "http", "socketserver", "html"}) {
+        write_file(lib.path + "/" + name + ".py", "raise ImportError\n");
+    }
+    const Server server(kHello, {"-w", "1", "--threads", "2"}, {"PYTHONPATH=" + lib.path});
+    CHECK(get(server).body == "hello\n");
+}
+
 // --- clients that take their time, leave early or say too much --------------
 
 TEST_CASE("the header clock runs from accept, the body clock from the last byte") {
