@@ -237,7 +237,7 @@ string current_directory() {
     const string shell = environment("PWD");
     if (::realpath(".", here) == nullptr) { return "/"; }
     const bool known = shell.substr(0, 1) == "/" && ::realpath(shell.c_str(), named) != nullptr;
-    return known && std::strcmp(here, named) == 0 ? shell : here;
+    return known && string_view(here) == named ? shell : here;
 }
 
 /// A path as seen from a directory.
