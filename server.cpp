@@ -1008,14 +1008,14 @@ sockaddr_storage socket_name(int fd) {
     return address;
 }
 
-/// Fills in what the log and the environ need of a socket, which must be listening.
+/// Fills in what the log and the environ need of a socket, which must be listening and not be ours.
 Error describe(Fd fd, Listener& made) {
     int listening = 0;
     socklen_t size = sizeof listening;
     (void)::getsockopt(fd.get(), SOL_SOCKET, SO_ACCEPTCONN, &listening, &size);
     if (!listening || ::fcntl(fd.get(), F_GETFD) != 0) {  // close-on-exec: it is ours already
         const string number = to_string(fd.release());
-        return {1, "descriptor " + number + " is no listening socket, or named twice"};
+        return {1, "descriptor " + number + " is no listening socket, or is named twice"};
     }
     const sockaddr_storage name = socket_name(fd.get());
     address_text(name, made.host, made.port);
@@ -1862,7 +1862,7 @@ class Slot:
     """The pipes of a slot, and the loop that answers what comes through them."""
     failures = Exception  # of the application; what else it raises ends the process
     files = None          # with --reload: where to list the files of modules, and which are there
-    most_parts = 1000 if hasattr(os, "writev") else 0  # that it takes; PyPy has none
+    most_parts = 1000 if hasattr(os, "writev") else 0  # for writev(), which PyPy lacks
 
     def __init__(self, pipes, app):
         (*self.requests, self.replies), self.app = pipes, app
@@ -1974,7 +1974,7 @@ class file_wrapper:
         self.close = getattr(filelike, "close", lambda: None)
 
     def __iter__(self):
-        return iter(lambda: self.filelike.read(self.blksize), b"")
+        return iter(lambda: self.filelike.read(self.blksize) or b"", b"")
 
 def list_files(list_fd, told, names=()):
     """With --reload: the files that modules come from, and others, each once."""

@@ -2214,7 +2214,10 @@ TEST_CASE("an address that IPv6 only wraps is shown as what it is") {
         REQUIRE(::inet_pton(AF_INET6, ("::ffff:" + host).c_str(), &address.sin6_addr) == 1);
         const int off = 0;
         ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
-        if (::bind(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) < 0) { return; }
+        if (::bind(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) < 0) {
+            MESSAGE("not run: there is no IPv6");
+            return;
+        }
         REQUIRE(::listen(fd.get(), 1) == 0);
         Listener made;
         CHECK_FALSE(describe(std::move(fd), made));
@@ -3086,7 +3089,7 @@ def app(environ, start_response):
 
 TEST_CASE("the runner needs no module that Debian's python3-minimal lacks") {
     const TempDir lib;
-    for (const char* name : {"wsgiref", "json", "logging", "http", "socketserver", "html"}) {
+    for (const char* name : {"wsgiref", "json", "http", "socketserver", "html"}) {
         write_file(lib.path + "/" + name + ".py", "raise ImportError\n");
     }
     const Server server(kHello, {"-w", "1", "--threads", "2"}, {"PYTHONPATH=" + lib.path});
@@ -3634,6 +3637,7 @@ TEST_CASE("file_wrapper delivers what read() would, from where the file stands")
          "class F:\n    left = [b'one ', b'two']\n"
          "    def read(self, size=-1): return self.left.pop(0) if self.left else b''\nf = F()",
          "one two"},
+        {"an end that is no bytes, as wsgiref takes it", "f = io.StringIO()", ""},
         {"a subclass that reads something else",
          "class F(io.FileIO):\n    def read(self, size=-1): return super().read(size)[:5].upper()\n"
          "f = F('data'); f.seek(len(open('data').read()) - 3)",
@@ -4178,7 +4182,7 @@ TEST_CASE("settings that are refused: in a sentence, with the exit status that t
         {{}, 1, "temporary file in /no/such/tmp: No such", {"TMPDIR=/no/such/tmp"}},
         {{"-b", "fd://" + to_string(bound.get())}, 1, to_string(bound.get()), {}},
         {{"--access-logfile", fifo}, 1, "cannot open the log " + fifo, {}},
-        {{"-b", inherited, "-b", inherited}, 1, "is no listening socket, or named twice", {}},
+        {{"-b", inherited, "-b", inherited}, 1, "is no listening socket, or is named twice", {}},
         {{"-b", "127.0.0.1:" + busy}, 1, "127.0.0.1:" + busy + ": ", {}},
         {{"-b", "192.0.2.1:0"}, 1, "192.0.2.1:0: ", {}},
         {{"-b", string(70, 'x') + ":0"}, 1, "x:0: ", {}},  // longer than a name can be
@@ -8746,8 +8750,8 @@ struct Program {
     explicit Program(vector<string> words, const std::function<void()>& before = nullptr) {
         pid = ::fork();
         if (pid == 0) {
-            const int null = ::open("/dev/null", O_WRONLY);
-            for (const int fd : {1, 2}) { ::dup2(null, fd); }
+            const int null = ::open("/dev/null", O_RDWR);
+            for (const int fd : {0, 1, 2}) { ::dup2(null, fd); }
             if (before) { before(); }
             vector<char*> argv;
             for (string& word : words) { argv.push_back(word.data()); }
@@ -8917,6 +8921,7 @@ void check_recipe(const string& words, const string& command, bool is_init) {
             if (victim > 1) { ::kill(victim, n == 1 ? SIGKILL : SIGUSR1); }  // to init: halt
         }
     }
+    if (is_init) { return; }  // it kills after a second
     CHECK(contains(read_file(log), "Shutting down: Master"));
     CHECK_FALSE(exists(path));
 }
@@ -8926,7 +8931,8 @@ TEST_CASE("runit: the script of README.md" * doctest::skip(!have("runsv"))) {
                  "mv recipe run && chmod +x run && exec runsv . >log 2>/dev/null", false);
 }
 
-// In a user namespace: an init that halts would remount what the whole machine has mounted.
+// In a user namespace: an init that does not find its inittab would remount, when it halts, what
+// the whole machine has mounted.
 const string kUnshare = "unshare -rmpf --mount-proc --kill-child ";
 
 TEST_CASE("BusyBox init: the line of README.md" *
@@ -8934,7 +8940,8 @@ TEST_CASE("BusyBox init: the line of README.md" *
                         std::system((kUnshare + "busybox true 2>/dev/null").c_str()) != 0)) {
     check_recipe("BusyBox, a line of `/etc/inittab`:",
                  "mkdir etc && mv recipe etc/inittab && exec " + kUnshare +
-                     "sh -c 'mount --bind etc /etc && test -s /etc/inittab && exec busybox init' "
+                     "sh -c 'mount --bind etc /etc && test -s /etc/inittab && "
+                     "exec env -u CONSOLE -u console busybox init' "
                      ">log 2>&1",
                  true);
 }
