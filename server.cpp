@@ -174,7 +174,7 @@ Fd raise_fd(Fd fd) {
 
 /// How many descriptors a process may have, as far as it is allowed. Returns the limit before.
 rlim_t set_soft_limit(rlim_t wanted) {
-    struct rlimit limit {};
+    struct rlimit limit = {};
     ::getrlimit(RLIMIT_NOFILE, &limit);
     const rlim_t before = std::exchange(limit.rlim_cur, std::min(limit.rlim_max, wanted));
     ::setrlimit(RLIMIT_NOFILE, &limit);
@@ -413,7 +413,7 @@ void on_signal(int number) {
 }
 
 void set_signals(std::initializer_list<int> numbers, void (*handler)(int)) {
-    struct sigaction action {};
+    struct sigaction action = {};
     action.sa_handler = handler;
     for (const int number : numbers) { ::sigaction(number, &action, nullptr); }
 }
@@ -435,7 +435,7 @@ int next_signal() {
 void wait_ready(int max_fd, fd_set& reads, fd_set& writes, Time until) {
     const int64_t left = std::chrono::ceil<microseconds>(until - Clock::now()).count();
     const int64_t us = std::clamp<int64_t>(left, 0, 3600'000'000);
-    struct timeval timeout {};
+    struct timeval timeout = {};
     timeout.tv_sec = static_cast<time_t>(us / 1000000);
     timeout.tv_usec = static_cast<suseconds_t>(us % 1000000);
     if (::select(max_fd + 1, &reads, &writes, nullptr, &timeout) < 0) {
@@ -586,7 +586,7 @@ struct Option {
     string (*get)(const Config&);  // nullptr: not shown
     Error (*check)(string_view) = nullptr;
 
-    string_view help() const { return std::strchr(text, ':') + 2; }
+    const char* help() const { return std::strchr(text, ':') + 2; }
     string_view usage() const { return {text, std::strcspn(text, ":")}; }
     string_view name() const {
         const char* from = text + (text[1] == '-' ? 2 : 6);
@@ -715,7 +715,7 @@ void print_help() {
     for (const Option& o : kOptions) {
         const string usage = (o.text[1] == '-' ? "      " : "  ") + string(o.usage());
         const string value = o.get != nullptr && o.takes_value() ? o.get(defaults) : "";
-        std::printf("%s\n        %s%s\n", usage.c_str(), o.help().data(),
+        std::printf("%s\n        %s%s\n", usage.c_str(), o.help(),
                     value.empty() ? "" : (" [" + value + "]").c_str());
     }
 }
@@ -747,7 +747,7 @@ Logger g_log;
 
 string local_time(const char* format) {
     const time_t now = std::time(nullptr);
-    struct tm parts {};
+    struct tm parts = {};
     ::localtime_r(&now, &parts);
     char text[64];
     return string(text, std::strftime(text, sizeof text, format, &parts));
@@ -794,7 +794,7 @@ bool has_say(const Config& config, string directory) {
     if (real != (directory.empty() ? "/" : directory)) { return true; }
     const AsUser user(config, true);
     for (bool last = true; !directory.empty(); last = false) {
-        struct stat info {};
+        struct stat info = {};
         const bool seen = ::stat(directory.c_str(), &info) == 0;
         const bool writes = ::faccessat(AT_FDCWD, directory.c_str(), W_OK, AT_EACCESS) == 0;
         const bool sticky = !last && (info.st_mode & S_ISVTX) != 0;
@@ -806,7 +806,7 @@ bool has_say(const Config& config, string directory) {
 
 /// Gives a file that root made to the user of the workers; one with a second name may be another's.
 void give_away(const Config& config, const Fd& file) {
-    struct stat info {};
+    struct stat info = {};
     const bool regular = ::fstat(file.get(), &info) == 0 && S_ISREG(info.st_mode);
     if (regular && info.st_nlink <= 1 && ::geteuid() == 0) {
         (void)!::fchown(file.get(), config.uid, config.gid);
@@ -1033,13 +1033,13 @@ Error describe(Fd fd, Listener& made) {
 
 /// What tells our unix socket's file from another of that name; 0 if there is none.
 ino_t inode_of(const string& path) {
-    struct stat info {};
+    struct stat info = {};
     return ::lstat(path.c_str(), &info) == 0 ? info.st_ino : 0;
 }
 
 /// Makes way for a unix socket: removes a stale one, never a live one or another kind of file.
 Error clear_path(const string& path, const sockaddr_un& name) {
-    struct stat info {};
+    struct stat info = {};
     if (::lstat(path.c_str(), &info) < 0) { return {}; }
     if (!S_ISSOCK(info.st_mode)) { return {1, path + " exists and is no socket"}; }
     const Fd probe(::socket(AF_UNIX, SOCK_STREAM, 0));
@@ -1071,7 +1071,7 @@ Error resolve(const Address& address, sockaddr_storage& name, socklen_t& size) {
         size = sizeof unix_name;
         return clear_path(address.path, unix_name);
     }
-    struct addrinfo hints {};
+    struct addrinfo hints = {};
     struct addrinfo* found = nullptr;
     hints.ai_family = address.v6 ? AF_INET6 : AF_INET;
     hints.ai_socktype = SOCK_STREAM;
@@ -1743,7 +1743,7 @@ string final_head(const Response& r, int minor, bool chunked) {
     static time_t last = 0;
     static char date[40];
     if (const time_t now = std::time(nullptr); now != std::exchange(last, now)) {
-        struct tm parts {};
+        struct tm parts = {};
         ::gmtime_r(&now, &parts);
         std::strftime(date, sizeof date, "Date: %a, %d %b %Y %H:%M:%S GMT\r\n", &parts);
     }
@@ -2231,7 +2231,7 @@ Error start_runner(const Config& config, Runner& runner) {
     }
     if (config.reload) {
         if (Error error = make_temp_file(config.worker_tmp_dir, runner.files)) { return error; }
-        struct stat info {};
+        struct stat info = {};
         ::fstat(runner.files.get(), &info);
         runner.started = nanoseconds(info.st_mtim);
     }
@@ -2355,7 +2355,7 @@ constexpr size_t kMaxMessage = 4 * kPiece;
 ssize_t exchange_message(const Fd& queue, bool send, char* data, size_t size, int (&fds)[2]) {
     alignas(cmsghdr) char control[CMSG_SPACE(sizeof fds)] = {};
     struct iovec part = {data, size};
-    struct msghdr message {};
+    struct msghdr message = {};
     message.msg_iov = &part;
     message.msg_iovlen = 1;
     message.msg_control = control;
@@ -3306,7 +3306,7 @@ private:
         const string_view kept = c.out.front();
         if (kept.size() < static_cast<size_t>(c.out.size())) { return 0; }
         struct iovec pieces[4] = {};
-        struct msghdr message {};
+        struct msghdr message = {};
         message.msg_iov = pieces;
         const auto add = [&message](string_view part) {
             message.msg_iov[message.msg_iovlen++] = {const_cast<char*>(part.data()), part.size()};
@@ -3556,7 +3556,7 @@ private:
         for (string_view rest = list; !rest.empty();) { names.emplace_back(cut(rest, '\0')); }
         string changed;
         for (size_t i = 0; i < names.size(); ++i) {
-            struct stat info {};
+            struct stat info = {};
             if (::stat(names[i].c_str(), &info) < 0) { continue; }  // an editor replaces it
             if (i >= runner->watched.size()) { runner->watched.resize(i + 1); }
             const int64_t modified = nanoseconds(info.st_mtim);
@@ -3815,7 +3815,7 @@ private:
     /// clock must not kill anyone.
     void read_heartbeats() {
         for (WorkerInfo& worker : workers_) {
-            struct stat info {};
+            struct stat info = {};
             ::fstat(worker.tmp.get(), &info);
             const int64_t ctime = nanoseconds(info.st_ctim);
             if (std::exchange(worker.last_update, ctime) != ctime) { worker.last_change = now_; }

@@ -230,7 +230,7 @@ vector<pid_t> processes_with(const string& mark) {
     return found;
 }
 
-/// The parent of a process and its name as in /proc/PID/stat; {0, ""} when it has gone.
+/// The parent of a process and its state as in /proc/PID/stat; {0, ' '} when it has gone.
 std::pair<pid_t, char> parent_and_state(pid_t pid) {
     const string stat = read_file("/proc/" + to_string(pid) + "/stat");
     const size_t end = stat.rfind(") ");
@@ -244,7 +244,17 @@ void freeze(pid_t pid) {
     REQUIRE(wait_for([pid] { return parent_and_state(pid).second == 'T'; }));
 }
 
-/// A program under test, by its path: the server with stdout and stderr in files.
+/// The program under test: $SERVER, or ./server.
+string server_path() {
+    const char* given = std::getenv("SERVER");
+    char path[PATH_MAX] = "";
+    REQUIRE(::realpath(given != nullptr ? given : "./server", path) != nullptr);
+    return path;
+}
+
+bool is_sanitized() { return contains(server_path(), "asan"); }
+
+/// A server that runs, with stdout and stderr in files.
 struct Server {
     TempDir dir;
     string mark;
@@ -259,11 +269,7 @@ struct Server {
         static int serial = 0;
         mark = "SERVER_TEST_MARK=" + to_string(::getpid()) + "." + to_string(++serial) + ";";
         write_file(dir.path + "/app.py", app);
-        const char* program = std::getenv("SERVER");
-        char* absolute = ::realpath(program != nullptr ? program : "./server", nullptr);
-        REQUIRE(absolute != nullptr);
-        vector<string> words{absolute, "--chdir", dir.path};
-        std::free(absolute);
+        vector<string> words{server_path(), "--chdir", dir.path};
         const auto has = [&](const char* prefix) {
             return std::any_of(args.begin(), args.end(), [&](const string& a) {
                 return a.compare(0, std::strlen(prefix), prefix) == 0;
@@ -370,7 +376,7 @@ struct Server {
         const string dir_name = "/proc/" + to_string(master > 0 ? master : pid) + "/fd";
         const std::unique_ptr<DIR, int (*)(DIR*)> fds(::opendir(dir_name.c_str()), ::closedir);
         while (const dirent* entry = fds ? ::readdir(fds.get()) : nullptr) {
-            struct stat info {};
+            struct stat info = {};
             const string path = dir_name + "/" + entry->d_name;
             if (::stat(path.c_str(), &info) == 0 && S_ISREG(info.st_mode) && info.st_nlink == 0 &&
                 (info.st_mode & 2) != 0) {
@@ -1667,7 +1673,7 @@ TEST_CASE("an option takes its value in every usual form") {
     }
     for (const Option& option : kOptions) {
         CAPTURE(string(option.text));
-        CHECK(!option.help().empty());
+        CHECK(*option.help() != '\0');
         CHECK(values.count(string(option.name())) ==
               (option.get != nullptr && option.takes_value() ? 1 : 0));
     }
@@ -1920,7 +1926,7 @@ TEST_CASE("Date is the present time in the fixed form of RFC 9110") {
     Response response;
     CHECK(!parse_response("Status: 200 OK\n", response));
     const string date = Reply(final_head(response, 1, false)).fields["date"];
-    struct tm parts {};
+    struct tm parts = {};
     const char* end = ::strptime(date.c_str(), "%a, %d %b %Y %H:%M:%S GMT", &parts);
     REQUIRE(end != nullptr);
     CHECK(*end == '\0');
@@ -2162,7 +2168,7 @@ TEST_CASE("every atom of the access log has its value, or a dash") {
     const auto now = [] {
         char text[64];
         const time_t seconds_now = std::time(nullptr);
-        struct tm parts {};
+        struct tm parts = {};
         ::localtime_r(&seconds_now, &parts);
         return string(text, std::strftime(text, sizeof text, "[%d/%b/%Y:%H:%M:%S %z]\n", &parts));
     };
@@ -2329,7 +2335,7 @@ TEST_CASE("a spool keeps up to its limit in memory, more goes to a file, in orde
     CHECK(static_cast<bool>(spool.file()));
     CHECK_FALSE(spool.full());
     CHECK_FALSE(spool.failed());
-    struct stat info {};
+    struct stat info = {};
     CHECK(::fstat(spool.file().get(), &info) == 0);
     CHECK(info.st_nlink == 0);
     CHECK((::fcntl(spool.file().get(), F_GETFD) & FD_CLOEXEC) != 0);
@@ -2396,8 +2402,7 @@ TEST_CASE("a spool that cannot make its file keeps all bytes, and says so") {
 }
 
 TEST_CASE("a spool whose disk fills up midway loses nothing and doubles nothing") {
-    struct rlimit before {
-    }, small{};
+    struct rlimit before = {}, small = {};
     ::getrlimit(RLIMIT_FSIZE, &before);
     small = before;
     small.rlim_cur = 100000;
@@ -2582,7 +2587,8 @@ TEST_CASE("the runner is Python 3.7, and at most 250 lines of it") {
         "print([node.lineno for node in new] or 'fine')\n";
     CHECK(python(check, dir.path + "/runner.py") == "fine\n");
     write_file(dir.path + "/newer.py", "if (a := 1): pass\n");  // the check does bite
-    CHECK(contains(python(check, dir.path + "/newer.py"), "SyntaxError"));
+    const string said = python(check, dir.path + "/newer.py");
+    CHECK((contains(said, "SyntaxError") || said == "[1]\n"));  // Python 3.9 parses it all the same
 }
 
 TEST_CASE("README.md has a row for every option, with its default") {
@@ -3351,7 +3357,7 @@ TEST_CASE("the head of a response: version, Connection, Date, Server, framing") 
     for (const char* name : {"\nDate: ", "\nServer: ", "\nConnection: close\r"}) {
         CHECK(count(reply.head, name) == 1);
     }
-    struct tm parts {};
+    struct tm parts = {};
     const string date = field(reply, "date");
     const char* end = ::strptime(date.c_str(), "%a, %d %b %Y %H:%M:%S GMT", &parts);
     REQUIRE(end != nullptr);
@@ -3783,7 +3789,7 @@ TEST_CASE("every atom of the access log") {
     CHECK(a.at("L") == decimal);
     REQUIRE(server.workers().size() == 1);
     CHECK(a.at("p") == "<" + to_string(server.workers()[0]) + ">");
-    struct tm parts {};
+    struct tm parts = {};
     const char* end = ::strptime(a.at("t").c_str(), "[%d/%b/%Y:%H:%M:%S %z]", &parts);
     REQUIRE(end != nullptr);
     CHECK(*end == '\0');
@@ -3910,10 +3916,7 @@ struct Ran {
 Ran run_to_end(vector<string> args, vector<string> env = {}, const string& app = kHello) {
     const TempDir dir;
     write_file(dir.path + "/app.py", app);
-    const char* program = std::getenv("SERVER");
-    const std::unique_ptr<char, void (*)(void*)> path(
-        ::realpath(program != nullptr ? program : "./server", nullptr), std::free);
-    REQUIRE(path);
+    string path = server_path();
     const pid_t pid = ::fork();
     if (pid == 0) {
         ::setpgid(0, 0);
@@ -3922,10 +3925,10 @@ Ran run_to_end(vector<string> args, vector<string> env = {}, const string& app =
         const int err = ::open((dir.path + "/err").c_str(), O_WRONLY | O_CREAT | O_APPEND, 0644);
         ::dup2(out, 1);
         ::dup2(err, 2);
-        vector<char*> argv{path.get()};
+        vector<char*> argv{path.data()};
         for (string& word : args) { argv.push_back(word.data()); }
         argv.push_back(nullptr);
-        if (::chdir(dir.path.c_str()) == 0) { ::execv(path.get(), argv.data()); }
+        if (::chdir(dir.path.c_str()) == 0) { ::execv(path.c_str(), argv.data()); }
         ::_exit(127);
     }
     REQUIRE(pid > 0);
@@ -4304,7 +4307,7 @@ TEST_CASE("a worker that cannot load the app later does not end the server") {
 
 /// Which file a path leads to, without following a link; {0, 0}: none.
 std::pair<dev_t, ino_t> identity(const string& path) {
-    struct stat info {};
+    struct stat info = {};
     if (::lstat(path.c_str(), &info) < 0) { return {0, 0}; }
     return {info.st_dev, info.st_ino};
 }
@@ -6234,7 +6237,7 @@ TEST_CASE("an application may write to a terminal that stops what writes in the 
     const string name = ::ptsname(terminal.get());
     Server::before_exec = [&] {
         const int fd = ::open(name.c_str(), O_RDWR);  // the terminal of this session from now on
-        struct termios settings {};
+        struct termios settings = {};
         ::tcgetattr(fd, &settings);
         settings.c_lflag |= TOSTOP;
         ::tcsetattr(fd, TCSANOW, &settings);
@@ -6613,7 +6616,7 @@ struct Limit {
 
 /// Lets this process have some thousand connections.
 void raise_descriptors() {
-    struct rlimit limit {};
+    struct rlimit limit = {};
     ::getrlimit(RLIMIT_NOFILE, &limit);
     limit.rlim_cur = std::min<rlim_t>(limit.rlim_max, 8192);
     ::setrlimit(RLIMIT_NOFILE, &limit);
@@ -6747,9 +6750,7 @@ def file(environ, start_response):
     CHECK(digest == python("import hashlib\nd = hashlib.sha256()\n"
                            "for _ in range(300): d.update(b'u' * (1 << 20))\n"
                            "print(d.hexdigest(), end='')\n"));
-    const char* program = std::getenv("SERVER");
-    const bool sanitized = program != nullptr && contains(program, "asan");
-    if (!sanitized) { CHECK(most - before < 24 * 1024); }
+    if (!is_sanitized()) { CHECK(most - before < 24 * 1024); }
 }
 
 TEST_CASE("a full disk: uploads get 507, downloads their whole response, nothing dies") {
@@ -6895,10 +6896,7 @@ TEST_CASE("floods cost bounded time, no descriptor, no memory, and no processor 
     CHECK_MESSAGE(wait_for([&] { return descriptors() == before; }),
                   (before + "→ " + descriptors()));
     CHECK(answered(server, 20) == 20);
-    const char* program = std::getenv("SERVER");
-    if (program == nullptr || !contains(program, "asan")) {
-        CHECK(resident(server) - memory < 24000);
-    }
+    if (!is_sanitized()) { CHECK(resident(server) - memory < 24000); }
     for (const pid_t pid : processes_with(server.mark)) {
         CHECK(parent_and_state(pid).second != 'Z');
         const long ticks = cpu_ticks(pid);
@@ -7225,7 +7223,7 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
     ::chmod(server.dir.path.c_str(), 0755);
     REQUIRE(wait_for([&] { return server.ready_workers() == 2; }));
     const auto owner = [](const string& file) {
-        struct stat info {};
+        struct stat info = {};
         return ::stat(file.c_str(), &info) == 0 ? std::make_pair(info.st_uid, info.st_gid)
                                                 : std::make_pair(uid_t{0}, gid_t{0});
     };
@@ -7245,7 +7243,7 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
     };
     CHECK(process_ids(server.pid, "Uid").substr(0, 2) == "0\t");
     check_all();
-    struct stat info {};
+    struct stat info = {};
     CHECK((::stat(path.c_str(), &info) == 0 && (info.st_mode & 0777) == 0750));
     const string beats = output_of("stat -Lc %U /proc/" + to_string(server.pid) +
                                    "/fd/* 2>/dev/null | grep -c nobody");
@@ -7918,6 +7916,14 @@ vector<pid_t> masters_of(const Server& server) {
     return found;
 }
 
+/// The one that there is, in the end: a worker just forked has its master's title for a moment, and
+/// a new master none while it executes the program.
+pid_t heir_of(const Server& server) {
+    vector<pid_t> found;
+    REQUIRE(wait_for([&] { return (found = masters_of(server)).size() == 1; }));
+    return found[0];
+}
+
 TEST_CASE("ps tells masters from workers, and what a worker is at; the environment is untouched") {
     const Server server(kTools, {"-w", "1", "-n", "mysite"});
     const auto shown = [](pid_t pid) { return output_of("ps -o args= -p " + to_string(pid)); };
@@ -8054,12 +8060,11 @@ TEST_CASE("reloads, upgrades, more and fewer workers, and a killed one, under lo
         {0.35, [&] { ::kill(master, SIGUSR2); }},
         {0.55,
          [&] {
-             const vector<pid_t> heirs = masters_of(server);
-             REQUIRE(heirs.size() == 1);
+             const pid_t heir = heir_of(server);
              REQUIRE(server.wait_ready_workers(2));
-             REQUIRE(server.ready_workers(heirs[0]) == 2);
+             REQUIRE(server.ready_workers(heir) == 2);
              ::kill(master, SIGTERM);
-             master = heirs[0];
+             master = heir;
          }},
         {0.7, [&] { ::kill(master, SIGTTIN); }},
         {0.8,
@@ -8538,14 +8543,13 @@ def env(environ, start_response):
     write_file(server.dir.path + "/app.py", kHello);
     server.signal(SIGUSR2);
     CHECK(hear("READY=1"));  // from the new master, which has learnt where to say it
-    const vector<pid_t> heir = masters_of(server);
-    REQUIRE(heir.size() == 1);
+    const pid_t heir = heir_of(server);
     heard.clear();
     server.signal(SIGTERM);
-    CHECK(hear("MAINPID=" + to_string(heir[0])));
+    CHECK(hear("MAINPID=" + to_string(heir)));
     CHECK(server.wait_end());
     CHECK(server.log_has("promoted"));
-    ::kill(heir[0], SIGTERM);
+    ::kill(heir, SIGTERM);
     CHECK(hear("STOPPING=1"));
     CHECK(count(heard, "STOPPING") == 1);
 }
@@ -8566,9 +8570,7 @@ TEST_CASE("the file of a unix socket that another made stays, also after an upgr
         Server::before_exec = nullptr;
         CHECK(exists(own) != systemd);
         server.signal(SIGUSR2);
-        vector<pid_t> heirs;  // it is none for a moment, while it executes the program
-        REQUIRE(wait_for([&] { return (heirs = masters_of(server)).size() == 1; }));
-        const pid_t heir = heirs[0];
+        const pid_t heir = heir_of(server);
         REQUIRE(wait_for([&] { return server.ready_workers(heir) == 2; }));
         server.signal(SIGTERM);
         REQUIRE(server.wait_end());
@@ -8887,10 +8889,9 @@ TEST_CASE("systemd-socket-activate hands over its socket" *
     const TempDir dir;
     const string path = dir.path + "/s", log = dir.path + "/log";
     write_file(dir.path + "/app.py", kHello);
-    const char* given = std::getenv("SERVER");
-    const string program = output_of("realpath " + string(given != nullptr ? given : "./server"));
-    const Program activated({"systemd-socket-activate", "-l", path, program, "--chdir", dir.path,
-                             "--python", "/usr/bin/python3", "--error-logfile", log, "app:app"});
+    const Program activated({"systemd-socket-activate", "-l", path, server_path(), "--chdir",
+                             dir.path, "--python", "/usr/bin/python3", "--error-logfile", log,
+                             "app:app"});
     CHECK(wait_for([&] { return exists(path); }));
     CHECK(exchange(Client(path), get_bytes("/")).body == "hello\n");
     CHECK(contains(read_file(log), "Listening at: unix:" + path));
@@ -8903,10 +8904,9 @@ void check_recipe(const string& words, const string& command, bool is_init) {
     const TempDir dir;
     const string readme = read_file("README.md"), log = dir.path + "/log", path = dir.path + "/s";
     const size_t at = readme.find("\n", readme.find("```", readme.find("\n" + words + "\n"))) + 1;
-    const char* given = std::getenv("SERVER");
-    const string program = output_of("realpath " + string(given != nullptr ? given : "./server"));
     string text = readme.substr(at, readme.find("```", at) - at);
-    text = replaced(text, "/usr/bin/server --chdir /srv/mysite", program + " --chdir " + dir.path);
+    text = replaced(text, "/usr/bin/server --chdir /srv/mysite",
+                    server_path() + " --chdir " + dir.path);
     write_file(dir.path + "/recipe", replaced(text, "-b :8080 -u nobody", "-b unix:" + path));
     write_file(dir.path + "/app.py", kHello + "application = app\n"s);
     {
