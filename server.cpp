@@ -517,7 +517,7 @@ Error read_number(string_view text, int64_t low, int64_t high, int64_t& number) 
 
 /// Sets a string, adds to a list, raises a flag, or reads a number from Low to High.
 template <auto Member, int64_t Low = 0, int64_t High = INT_MAX>
-Error set(Config& config, string_view text) {
+Error set(Config& config, [[maybe_unused]] string_view text) {
     using T = std::decay_t<decltype(config.*Member)>;
     if constexpr (std::is_same_v<T, string>) {
         config.*Member = text;
