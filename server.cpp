@@ -2299,10 +2299,9 @@ struct Connection {
     std::list<Connection*>::iterator place;  // in Worker::ready_, while it is Ready
     Passport pass;
     Endpoints ends;
-    string from;        // the socket's peer, whatever a PROXY header says
-    bool fresh = true;  // something has happened since the last tick
-    string in;          // read and not yet understood
-    string taken;       // what has been understood of a head that is not complete
+    string from;   // the socket's peer, whatever a PROXY header says
+    string in;     // read and not yet understood
+    string taken;  // what has been understood of a head that is not complete
     RequestParser parser;
     string env;             // environ block, once the head is complete
     Spool body, out;        // of the request; what the client has not taken yet
@@ -2426,9 +2425,6 @@ private:
         set_signals({SIGHUP, SIGWINCH, SIGTTIN, SIGTTOU, SIGPIPE, SIGXFSZ}, SIG_IGN);
         set_signals({SIGTERM, SIGUSR1, SIGUSR2, SIGINT, SIGQUIT, SIGCHLD}, on_signal);
         block_signals(false);
-        watch(g_self_pipe.first.get(), true, false);
-        max_fd_ = std::max(max_fd_, queue_.second.get());
-        for (const Listener& each : listeners_) { max_fd_ = std::max(max_fd_, each.fd.get()); }
         if (Error error = drop_privileges(config_)) { return error; }
         ::srandom(static_cast<unsigned>(::getpid()));
         notify();
@@ -2500,17 +2496,13 @@ private:
 
     /// One select(), and what comes of it; then the work of run_requests(), pass_on() and tick().
     void turn() {
-        fd_set reads = reads_, writes = writes_;
-        const bool look = colds_ > 0 && now_ >= look_again_;  // at the cold ones, too
-        for (int fd = 0; look && fd <= max_fd_; ++fd) {
-            if (FD_ISSET(fd, &cold_)) { FD_SET(fd, &reads); }
-        }
+        fd_set reads = now_ < look_again_ ? hot_ : reads_, writes = writes_;
+        const bool all = std::memcmp(&reads, &reads_, sizeof reads) == 0;  // no cold one stays out
         show_title();
         const Time until = prepare(reads, writes);
-        wait_ready(max_fd_, reads, writes,
-                   colds_ > 0 && !look ? std::min(until, look_again_) : until);
+        wait_ready(max_fd_, reads, writes, all ? until : std::min(until, look_again_));
         now_ = Clock::now();
-        if (look) { look_again_ = now_ + kColdDelay; }
+        if (all) { look_again_ = now_ + kColdDelay; }
         const auto is_set = [](const Fd& fd, const fd_set& set) {
             return fd && FD_ISSET(fd.get(), &set);
         };
@@ -2554,21 +2546,27 @@ private:
     Time prepare(fd_set& reads, fd_set& writes) {
         const bool at_once = !ready_.empty() && has_idle_slot();  // run_requests() has its limits
         Time until = at_once ? now_ : std::min(next_tick_, pass_at());
+        watch(g_self_pipe.first, reads);
         each_slot([&](const Slot& slot) {
-            if (slot.copy && slot.full) { FD_SET(slot.copy.get(), &writes); }
+            if (slot.copy && slot.full) { watch(slot.copy, writes); }
             if (!slot.from || stalled(slot)) { return; }
-            FD_SET(slot.from.get(), &reads);
+            watch(slot.from, reads);
             until = std::min(until, take_back_at(slot));
         });
         const bool room = connected_ <= config_.worker_connections || find_victim() != nullptr;
-        if (places() > 0 && room && takes_from_queue()) { FD_SET(queue_.second.get(), &reads); }
+        if (places() > 0 && room && takes_from_queue()) { watch(queue_.second, reads); }
         // A busy worker leaves connections to idle ones for a while: or all would wake for one.
         const Time accept_at =
             std::max(accept_again_, has_idle_slot() ? now_ : last_begin_ + kAcceptDelay);
         for (const Listener& each : listeners_) {
-            if (booted_ && now_ >= accept_at) { FD_SET(each.fd.get(), &reads); }
+            if (booted_ && now_ >= accept_at) { watch(each.fd, reads); }
         }
         return booted_ && now_ < accept_at ? std::min(until, accept_at) : until;
+    }
+
+    void watch(const Fd& fd, fd_set& set, bool wanted = true) {
+        wanted ? FD_SET(fd.get(), &set) : FD_CLR(fd.get(), &set);
+        max_fd_ = std::max(max_fd_, fd.get());
     }
 
     /// Gives the runners as much work as they may have, and goes on without select() while they
@@ -2598,15 +2596,9 @@ private:
             notify();
             if (config_.reload) { watch_files(); }
         }
+        hot_ = std::exchange(fresh_, fd_set{});
         for (const auto& c : connections_) {
-            if (!c) { continue; }
-            const int fd = c->socket.get();
-            if (!std::exchange(c->fresh, false) && FD_ISSET(fd, &reads_)) {
-                watch(fd, false, FD_ISSET(fd, &writes_));
-                FD_SET(fd, &cold_);
-                ++colds_;
-            }
-            if (now_ < c->deadline) { continue; }
+            if (!c || now_ < c->deadline) { continue; }
             expire(*c);
             settle(*c);
         }
@@ -2636,21 +2628,15 @@ private:
         }
     }
 
-    void watch(int fd, bool read, bool write) {
-        read ? FD_SET(fd, &reads_) : FD_CLR(fd, &reads_);
-        write ? FD_SET(fd, &writes_) : FD_CLR(fd, &writes_);
-        colds_ -= FD_ISSET(fd, &cold_) ? 1 : 0;
-        FD_CLR(fd, &cold_);
-        max_fd_ = std::max(max_fd_, fd);
-    }
-
     /// After any event of a connection: the sets, the memory it uses, and its end.
     void settle(Connection& c) {
         const bool done = c.state == State::Done;
-        c.fresh = true;
         const size_t used = done ? 0 : c.out.memory();
         reply_memory_ += used - std::exchange(c.counted, used);
-        watch(c.socket.get(), !done && !c.pass.eof, !done && c.out.size() > 0);
+        for (fd_set* set : {&reads_, &hot_, &fresh_}) {
+            watch(c.socket, *set, !done && !c.pass.eof);
+        }
+        watch(c.socket, writes_, !done && c.out.size() > 0);
         if (!done) { return; }
         --connected_;
         connections_[c.socket.get()].reset();
@@ -3584,9 +3570,6 @@ private:
         const int jitter = config_.max_requests_jitter;
         const int extra = jitter > 0 ? static_cast<int>(::random() % (jitter + 1L)) : 0;
         runner.left = config_.max_requests > 0 ? config_.max_requests + extra : 0;
-        for (const Slot& slot : runner.slots) {
-            max_fd_ = std::max({max_fd_, slot.copy.get(), slot.from.get()});
-        }
         return {};
     }
 
@@ -3606,8 +3589,8 @@ private:
     bool booted_ = false, spinner_ = false, dismissed_ = false;  // dismissed: the last runner
     bool look_ = false;  // into the ready queue, before what waits here is handed out
     size_t reply_memory_ = 0;
-    fd_set reads_{}, writes_{}, cold_{};  // what select() watches for the connections
-    int colds_ = 0;                       // members of cold_
+    fd_set reads_{}, writes_{};  // what select() watches for the connections
+    fd_set hot_{}, fresh_{};     // of reads_: about whom there was news lately; since the last tick
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_;
     Time last_begin_ = now_;     // when a request went out last
