@@ -2291,13 +2291,10 @@ struct Passport {
     bool awaits_proxy = false;       // a PROXY header may come first
 };
 
-struct Connection {
+struct Connection : Passport {
     explicit Connection(const Config& config) : parser(config) {}
     Fd socket;
-    State state = State::ReadHead;
-    Time deadline{};
     std::list<Connection*>::iterator place;  // in Worker::ready_, while it is Ready
-    Passport pass;
     Endpoints ends;
     string from;   // the socket's peer, whatever a PROXY header says
     string in;     // read and not yet understood
@@ -2316,10 +2313,9 @@ struct Connection {
     /// As a datagram of the ready queue: passport, netstrings, body. Of a head that is not complete
     /// all bytes go along, to be read again. The socket and the body's file travel beside it.
     string pack() {
-        pass.state = state;
-        pass.deadline = deadline;
-        pass.framing = parser.at;
-        pass.stored = body.stored();
+        framing = parser.at;
+        stored = body.stored();
+        const Passport pass = *this;
         string message(reinterpret_cast<const char*>(&pass), sizeof pass);
         for (const string* part :
              {&from, &ends.peer, &ends.peer_port, &ends.server, &ends.server_port, &env}) {
@@ -2329,7 +2325,9 @@ struct Connection {
     }
 
     void unpack(string_view message) {
+        Passport pass;  // not in place: behind a base other members may lie in its padding
         std::memcpy(&pass, message.data(), sizeof pass);
+        Passport::operator=(pass);
         message.remove_prefix(sizeof pass);
         for (string* part :
              {&from, &ends.peer, &ends.peer_port, &ends.server, &ends.server_port, &env, &in}) {
@@ -2486,7 +2484,7 @@ private:
         listeners_.clear();
         next_tick_ = now_;  // which dismisses the runner if nothing is left to do
         for (const auto& c : connections_) {
-            const bool silent = c && c->state == State::ReadHead && c->pass.silent;
+            const bool silent = c && c->state == State::ReadHead && c->silent;
             if (!silent || !first || how == Stop::Leave) { continue; }  // others take it over
             c->deadline = std::min(c->deadline, now_ + 1s);  // silent, but perhaps on its way
         }
@@ -2633,9 +2631,7 @@ private:
         const bool done = c.state == State::Done;
         const size_t used = done ? 0 : c.out.memory();
         reply_memory_ += used - std::exchange(c.counted, used);
-        for (fd_set* set : {&reads_, &hot_, &fresh_}) {
-            watch(c.socket, *set, !done && !c.pass.eof);
-        }
+        for (fd_set* set : {&reads_, &hot_, &fresh_}) { watch(c.socket, *set, !done && !c.eof); }
         watch(c.socket, writes_, !done && c.out.size() > 0);
         if (!done) { return; }
         --connected_;
@@ -2653,7 +2649,7 @@ private:
         switch (state) {
             case State::ReadHead: c.deadline = now_ + config_.header_timeout; break;
             case State::Ready:
-                c.deadline = patience(c.pass.started);
+                c.deadline = patience(c.started);
                 c.place = ready_.insert(ready_.end(), &c);
                 break;
             case State::ReadBody: c.deadline = patience(now_); break;
@@ -2668,7 +2664,7 @@ private:
     void expire(Connection& c) {
         switch (c.state) {
             case State::ReadHead:
-                if (c.pass.silent) { return set_state(c, State::Done); }
+                if (c.silent) { return set_state(c, State::Done); }
                 return refuse(c, {408, "the head of the request took too long"});
             case State::ReadBody: return refuse(c, {408, "the body of the request stopped coming"});
             case State::Ready: return refuse(c, {503, "no runner was to be had"});
@@ -2726,13 +2722,13 @@ private:
         if (c == nullptr) { return false; }
         address_text(peer, c->ends.peer, c->ends.peer_port);
         c->from = c->ends.peer;
-        c->pass.awaits_proxy = config_.proxy_protocol;
+        c->awaits_proxy = config_.proxy_protocol;
         c->ends.server = listener.host;
         c->ends.server_port = listener.port;
         if (listener.wildcard) {
             address_text(socket_name(c->socket.get()), c->ends.server, c->ends.server_port);
         }
-        c->pass.accepted = now_;
+        c->accepted = now_;
         set_state(*c, State::ReadHead);
         read_client(*c);
         settle(*c);
@@ -2754,7 +2750,7 @@ private:
     /// those that are unfinished or have taken nothing for `timeout`. Null: all are being served.
     Connection* find_victim() const {
         const auto rank = [](const Connection& c) {
-            return std::make_pair(c.state != State::Linger, c.pass.accepted);
+            return std::make_pair(c.state != State::Linger, c.accepted);
         };
         const Time late = now_ + std::max<Clock::duration>(kSendSilence - config_.timeout, 0s);
         Connection* victim = nullptr;
@@ -2781,7 +2777,7 @@ private:
     void drop(Connection& c) {
         if (c.state == State::Reply) {
             expire(c);
-        } else if (c.state != State::Linger && !c.pass.silent) {
+        } else if (c.state != State::Linger && !c.silent) {
             refuse(c, {503, "too many connections"});
             (void)read_some(c.socket, buffer_, kPiece);  // unread bytes would reset it
         }
@@ -2800,14 +2796,14 @@ private:
     void read_client(Connection& c) {
         const ssize_t n = read_some(c.socket, buffer_, kPiece);
         if (n < 0) { return would_block() ? void() : client_gone(c); }
-        c.pass.eof = n == 0;  // a half-close: the client still gets its answer
-        c.pass.silent = c.pass.silent && n == 0;
+        c.eof = n == 0;  // a half-close: the client still gets its answer
+        c.silent = c.silent && n == 0;
         if (c.state <= State::ReadBody) {
             return parse(c, string_view(buffer_, static_cast<size_t>(n)));
         }
-        c.pass.more = c.pass.more || n > 0;
+        c.more = c.more || n > 0;
         if (c.state != State::Linger) { return; }
-        const bool over = c.pass.eof || now_ >= c.pass.started + kLingerTotal;
+        const bool over = c.eof || now_ >= c.started + kLingerTotal;
         set_state(c, over ? State::Done : State::Linger);
     }
 
@@ -2815,7 +2811,7 @@ private:
     void parse(Connection& c, string_view fresh) {
         if (!c.in.empty()) { fresh = c.in += fresh; }
         string_view in = fresh, piece;
-        Parse parsed = c.pass.awaits_proxy ? take_proxy(c, in) : Parse::Head;
+        Parse parsed = c.awaits_proxy ? take_proxy(c, in) : Parse::Head;
         const bool started = parsed == Parse::Head;
         fresh = in;  // without the PROXY header
         while (started &&
@@ -2831,8 +2827,8 @@ private:
             return refuse(c, {507, os_error("no room on disk for the body").text});
         }
         if (parsed == Parse::Done) { return ready(c); }
-        if (c.pass.eof && c.pass.silent) { return set_state(c, State::Done); }
-        if (c.pass.eof) { return refuse(c, {400, "the request ends early"}); }
+        if (c.eof && c.silent) { return set_state(c, State::Done); }
+        if (c.eof) { return refuse(c, {400, "the request ends early"}); }
         if (c.state == State::ReadBody) { set_state(c, State::ReadBody); }
     }
 
@@ -2848,15 +2844,15 @@ private:
         if (parsed == Parse::Bad) { c.parser.error = {400, "not a PROXY header"}; }
         if (parsed != Parse::Done) { return parsed; }
         c.ends = said;
-        c.pass.awaits_proxy = false;
-        c.pass.silent = in.empty();  // a proxy that only looks whether somebody is there
+        c.awaits_proxy = false;
+        c.silent = in.empty();  // a proxy that only looks whether somebody is there
         return Parse::Head;
     }
 
     void take_head(Connection& c, bool has_more) {
         const Request& request = c.parser.request;
-        c.pass.minor = request.minor;
-        c.pass.bodyless = request.method == "HEAD";
+        c.minor = request.minor;
+        c.bodyless = request.method == "HEAD";
         const bool https = request.https > 0 && is_listed(config_.forwarded_allow_ips, c.from);
         if (https && request.http > 0) {
             return refuse(c, {400, "contradicting X-Forwarded fields"});
@@ -2881,9 +2877,9 @@ private:
         if (c.parser.at.chunked) {
             c.env.insert(sizeof "CONTENT_LENGTH", to_string(c.body.size()));
         }
-        c.pass.more = !c.in.empty();
+        c.more = !c.in.empty();
         c.in = string();
-        c.pass.started = now_;
+        c.started = now_;
         set_state(c, State::Ready);
     }
 
@@ -2893,15 +2889,15 @@ private:
                                                                   c.ends.peer + ": " + error.text +
                                                                   ": " + escape(c.request_line()));
         const Request& request = c.parser.request;  // perhaps only part of one
-        c.pass.minor = std::max(c.pass.minor, request.minor);
-        c.pass.bodyless = c.pass.bodyless || request.method == "HEAD";
+        c.minor = std::max(c.minor, request.minor);
+        c.bodyless = c.bodyless || request.method == "HEAD";
         string body;
         c.response = error_response(error.code, body);
-        c.head = final_head(c.response, c.pass.minor, false);
-        if (c.pass.bodyless) { body.clear(); }
+        c.head = final_head(c.response, c.minor, false);
+        if (c.bodyless) { body.clear(); }
         c.body_bytes = static_cast<int64_t>(body.size());
         c.out.append(c.head + body, kReplyMemory);
-        c.pass.more = c.pass.more || c.state < State::Ready;
+        c.more = c.more || c.state < State::Ready;
         c.complete = true;
         set_state(c, State::Reply);
         flush(c);
@@ -2911,7 +2907,7 @@ private:
     void flush(Connection& c) {
         while (c.out.size() > 0) {
             const string_view data = c.out.front();
-            const bool last = c.complete && !c.pass.more && !c.broken;
+            const bool last = c.complete && !c.more && !c.broken;
             const ssize_t n = retry(
                 [&] { return ::send(c.socket.get(), data.data(), data.size(), last ? kMore : 0); });
             if (n < 0) { return would_block() ? void() : client_gone(c); }
@@ -2926,23 +2922,23 @@ private:
     /// first in any case, for with kMore the last bytes leave only then.
     void finish(Connection& c) {
         write_access(c, c.response.status);
-        if (c.broken && !c.chunked && c.left < 0 && !c.pass.bodyless) {
+        if (c.broken && !c.chunked && c.left < 0 && !c.bodyless) {
             const struct linger reset = {1, 0};  // only a reset shows that this response is cut
             ::setsockopt(c.socket.get(), SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
             return set_state(c, State::Done);
         }
-        if (c.pass.eof) { return set_state(c, State::Done); }
+        if (c.eof) { return set_state(c, State::Done); }
         char byte;
         ::shutdown(c.socket.get(), SHUT_WR);
-        c.pass.more = c.pass.more || ::recv(c.socket.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0;
-        if (!c.pass.more) { return set_state(c, State::Done); }
-        c.pass.started = now_;
+        c.more = c.more || ::recv(c.socket.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0;
+        if (!c.more) { return set_state(c, State::Done); }
+        c.started = now_;
         set_state(c, State::Linger);
     }
 
     /// A reset or a failed write: nobody is there to be answered.
     void client_gone(Connection& c) {
-        if (c.state != State::Linger && !c.pass.silent) {
+        if (c.state != State::Linger && !c.silent) {
             write_access(c, c.response.status != 0 ? c.response.status : 499);
         }
         each_slot([&](Slot& slot) {
@@ -2956,7 +2952,7 @@ private:
 
     void write_access(const Connection& c, int status) const {
         if (!g_log.access_file) { return; }
-        const Time start = c.pass.started != Time{} ? c.pass.started : c.pass.accepted;
+        const Time start = c.started != Time{} ? c.started : c.accepted;
         const int64_t bytes = std::max<int64_t>(c.body_bytes - c.out.size(), 0);  // less if cut
         const auto took = std::chrono::ceil<microseconds>(Clock::now() - start);
         const Access access{c.env, c.head, c.request_line(), c.ends.peer, status, bytes, took};
@@ -2969,7 +2965,7 @@ private:
     /// runner begins requests more often than that, after 10 ms. A full queue gets 10 ms of rest.
     Time pass_at() const {
         if (ready_.empty()) { return Time::max(); }
-        const Time since = ready_.front()->pass.started;
+        const Time since = ready_.front()->started;
         const Time quick = std::max(since, std::min(last_begin_, since + 9ms)) + 1ms;
         return std::max(queue_again_, quick);
     }
@@ -3028,14 +3024,14 @@ private:
         Connection* c = adopt(Fd(fds[0]));
         if (c == nullptr) { return false; }
         c->unpack(string_view(buffer_, static_cast<size_t>(n)));
-        const Passport& pass = c->pass;
-        const bool lost = pass.stored > 0 && !file;  // no descriptor was free for it
-        if (pass.stored > 0) { c->body.adopt_file(raise_fd(std::move(file)), pass.stored); }
-        set_state(*c, pass.state);
-        c->deadline = pass.deadline;
-        if (c->state == State::ReadBody) { c->parser.at = pass.framing; }
+        const bool lost = c->stored > 0 && !file;  // no descriptor was free for it
+        if (c->stored > 0) { c->body.adopt_file(raise_fd(std::move(file)), c->stored); }
+        const Time deadline = c->deadline;
+        set_state(*c, c->state);
+        c->deadline = deadline;
+        if (c->state == State::ReadBody) { c->parser.at = c->framing; }
         if (c->state == State::ReadHead && !c->in.empty()) { parse(*c, ""); }
-        if (c->state <= State::Ready && !pass.eof) { read_client(*c); }  // more, or a reset?
+        if (c->state <= State::Ready && !c->eof) { read_client(*c); }  // more, or a reset?
         if (lost && c->state <= State::Ready) {
             refuse(*c, {503, "no descriptor for the body"});
         } else if (c->deadline <= now_) {
@@ -3245,10 +3241,10 @@ private:
             log(Level::Warning, "Dropped what the application may not set: " + r.dropped + ": " +
                                     escape(c.request_line()));
         }
-        c.pass.bodyless = c.pass.bodyless || r.status == 204 || r.status == 304;
-        c.left = c.pass.bodyless ? -1 : r.length;
-        c.chunked = !c.pass.bodyless && c.left < 0 && c.pass.minor > 0;
-        c.head = final_head(r, c.pass.minor, c.chunked);
+        c.bodyless = c.bodyless || r.status == 204 || r.status == 304;
+        c.left = c.bodyless ? -1 : r.length;
+        c.chunked = !c.bodyless && c.left < 0 && c.minor > 0;
+        c.head = final_head(r, c.minor, c.chunked);
         c.out.append(c.head, kReplyMemory);
         set_state(c, State::Reply);
         reply_body(c, string_view(c.app_head).substr(end + 2));
@@ -3256,7 +3252,7 @@ private:
 
     /// A piece of the body, as far as its Content-Length allows, chunked if need be.
     void reply_body(Connection& c, string_view piece) {
-        if (c.pass.bodyless) { return; }
+        if (c.bodyless) { return; }
         if (c.left >= 0) {
             const string_view fits = piece.substr(0, static_cast<size_t>(c.left));
             c.left -= static_cast<int64_t>(fits.size());
