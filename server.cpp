@@ -2287,7 +2287,6 @@ struct Passport {
     int minor = 0;                   // HTTP/1.minor
     bool bodyless = false;           // HEAD, 204, 304: the response has no body
     bool more = false, eof = false;  // the client sent more than its request; half-closed
-    bool silent = true;              // nothing has come
     bool awaits_proxy = false;       // a PROXY header may come first
 };
 
@@ -2338,6 +2337,9 @@ struct Connection : Passport {
         }
         body.append(message, message.size());
     }
+
+    /// Nothing has come but, perhaps, a PROXY header: a proxy looks whether somebody is there.
+    bool silent() const { return state == State::ReadHead && in.empty() && taken.empty(); }
 
     /// For logs: the request line, to be escaped.
     string request_line() const {
@@ -2484,8 +2486,7 @@ private:
         listeners_.clear();
         next_tick_ = now_;  // which dismisses the runner if nothing is left to do
         for (const auto& c : connections_) {
-            const bool silent = c && c->state == State::ReadHead && c->silent;
-            if (!silent || !first || how == Stop::Leave) { continue; }  // others take it over
+            if (!c || !c->silent() || !first || how == Stop::Leave) { continue; }  // or handed over
             c->deadline = std::min(c->deadline, now_ + 1s);  // silent, but perhaps on its way
         }
     }
@@ -2664,7 +2665,7 @@ private:
     void expire(Connection& c) {
         switch (c.state) {
             case State::ReadHead:
-                if (c.silent) { return set_state(c, State::Done); }
+                if (c.silent()) { return set_state(c, State::Done); }
                 return refuse(c, {408, "the head of the request took too long"});
             case State::ReadBody: return refuse(c, {408, "the body of the request stopped coming"});
             case State::Ready: return refuse(c, {503, "no runner was to be had"});
@@ -2777,7 +2778,7 @@ private:
     void drop(Connection& c) {
         if (c.state == State::Reply) {
             expire(c);
-        } else if (c.state != State::Linger && !c.silent) {
+        } else if (c.state != State::Linger && !c.silent()) {
             refuse(c, {503, "too many connections"});
             (void)read_some(c.socket, buffer_, kPiece);  // unread bytes would reset it
         }
@@ -2797,7 +2798,6 @@ private:
         const ssize_t n = read_some(c.socket, buffer_, kPiece);
         if (n < 0) { return would_block() ? void() : client_gone(c); }
         c.eof = n == 0;  // a half-close: the client still gets its answer
-        c.silent = c.silent && n == 0;
         if (c.state <= State::ReadBody) {
             return parse(c, string_view(buffer_, static_cast<size_t>(n)));
         }
@@ -2827,7 +2827,7 @@ private:
             return refuse(c, {507, os_error("no room on disk for the body").text});
         }
         if (parsed == Parse::Done) { return ready(c); }
-        if (c.eof && c.silent) { return set_state(c, State::Done); }
+        if (c.eof && c.silent()) { return set_state(c, State::Done); }
         if (c.eof) { return refuse(c, {400, "the request ends early"}); }
         if (c.state == State::ReadBody) { set_state(c, State::ReadBody); }
     }
@@ -2845,7 +2845,6 @@ private:
         if (parsed != Parse::Done) { return parsed; }
         c.ends = said;
         c.awaits_proxy = false;
-        c.silent = in.empty();  // a proxy that only looks whether somebody is there
         return Parse::Head;
     }
 
@@ -2938,7 +2937,7 @@ private:
 
     /// A reset or a failed write: nobody is there to be answered.
     void client_gone(Connection& c) {
-        if (c.state != State::Linger && !c.silent) {
+        if (c.state != State::Linger && !c.silent()) {
             write_access(c, c.response.status != 0 ? c.response.status : 499);
         }
         each_slot([&](Slot& slot) {
