@@ -2553,7 +2553,7 @@ private:
             until = std::min(until, take_back_at(slot));
         });
         const bool room = connected_ <= config_.worker_connections || find_victim() != nullptr;
-        if (places() > 0 && room && takes_from_queue()) { watch(queue_.second, reads); }
+        if (places() > 0 && room && stop_ != Stop::Leave) { watch(queue_.second, reads); }
         // A busy worker leaves connections to idle ones for a while: or all would wake for one.
         const Time accept_at =
             std::max(accept_again_, has_idle_slot() ? now_ : last_begin_ + kAcceptDelay);
@@ -3001,18 +3001,17 @@ private:
         }
     }
 
-    /// A worker that leaves alone, or makes way for a new one, leaves the queue to the others.
-    bool takes_from_queue() const { return stop_ != Stop::Leave; }
-
     /// What runners want comes from the queue first: it has waited longer than what waits here.
     void take_from_queue() {
         const auto own = static_cast<std::ptrdiff_t>(ready_.size());
-        for (size_t n = places(); n > 0 && takes_from_queue() && dequeue(); --n) {}
+        for (size_t n = places(); n > 0 && dequeue(); --n) {}
         ready_.splice(ready_.end(), ready_, ready_.begin(), std::next(ready_.begin(), own));
     }
 
-    /// Takes one connection from the queue; false if there is none, or no room for it.
+    /// Takes one connection from the queue; false if there is none, or no room for it. A worker
+    /// that leaves alone, or makes way for a new one, leaves the queue to the others.
     bool dequeue() {
+        if (stop_ == Stop::Leave) { return false; }
         // One more than the limit: a descriptor that finds no room is lost with its request.
         if (connected_ > config_.worker_connections && !shed()) { return false; }
         int fds[2] = {-1, -1};
@@ -3051,7 +3050,7 @@ private:
         Passport pass;
         while (::recv(queue_.second.get(), &pass, sizeof pass, MSG_PEEK | MSG_DONTWAIT) > 0 &&
                (pass.state != State::Ready || now_ >= pass.deadline)) {
-            if (!takes_from_queue() || !dequeue()) { return; }
+            if (!dequeue()) { return; }
         }
     }
 
