@@ -2620,9 +2620,11 @@ private:
             if (over || now_ >= runner.kill_at) { end_runner(runner); }
             if (!has_work()) { dismiss(runner); }
         }
-        const bool alone = runners_.size() == 1 && runners_in(Phase::Hung) == 1;  // never three
-        const bool wanted = alone || runners_in(Phase::Retired) == runners_.size();
-        if (wanted && now_ >= restart_at_ && has_work()) {
+        const bool alone = runners_.size() == 1;  // never three, with one that hangs
+        const auto stays = [alone](const Runner& each) {
+            return each.phase != Phase::Retired && (each.phase != Phase::Hung || !alone);
+        };
+        if (!find(runners_, stays) && now_ >= restart_at_ && has_work()) {
             if (Error error = boot_runner()) { log(Level::Error, error.text); }
         }
     }
@@ -3070,12 +3072,6 @@ private:
         }
     }
 
-    size_t runners_in(Phase phase) const {
-        return static_cast<size_t>(
-            std::count_if(runners_.begin(), runners_.end(),
-                          [phase](const Runner& each) { return each.phase == phase; }));
-    }
-
     static bool stalled(const Slot& slot) {
         return slot.current() != nullptr && slot.current()->out.full();
     }
@@ -3510,7 +3506,8 @@ private:
     /// worker instead.
     void runner_failed(int status) {
         restart_at_ = now_ + 1s;
-        if (runners_in(Phase::Serving) > 0) { return; }
+        const auto serves = [](const Runner& each) { return each.phase == Phase::Serving; };
+        if (find(runners_, serves)) { return; }
         const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
         if (!booted_) { status_ = code == 3 || code >= 126 ? kWorkerBootError : kAppLoadError; }
         const seconds delay = backoff(failures_);
