@@ -2534,7 +2534,7 @@ private:
     void show_title() {
         const Slot* busy = nullptr;
         each_slot([&](const Slot& slot) { busy = slot.busy() ? &slot : busy; });
-        const uint64_t state = 2 * begun_ + (busy != nullptr ? 1 : 0);
+        const Time state = busy != nullptr ? last_begin_ : Time{};
         if (!booted_ || std::exchange(shown_, state) == state) { return; }
         if (busy == nullptr) { return set_title(config_, "worker", "idle"); }
         const string line = request_line(busy->turns.front());
@@ -3142,7 +3142,6 @@ private:
     void begin_request(Slot& slot) {
         slot.answered = false;
         slot.since = last_begin_ = now_;
-        ++begun_;
         slot.deadline = patience(now_);
     }
 
@@ -3575,7 +3574,6 @@ private:
     std::list<Connection*> ready_;                         // complete, waiting here for a runner
     int connected_ = 0, failures_ = 0, status_ = 0, max_fd_ = 0;
     size_t next_listener_ = 0, served_ = 0;  // the listener to begin with; requests
-    uint64_t begun_ = 0, shown_ = 1;  // requests that went to the runner; what show_title() showed
     Stop stop_ = Stop::No;
     bool booted_ = false, spinner_ = false, dismissed_ = false;  // dismissed: the last runner
     bool look_ = false;  // into the ready queue, before what waits here is handed out
@@ -3585,6 +3583,7 @@ private:
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_;
     Time last_begin_ = now_;     // when a request went out last
+    Time shown_ = Time::max();   // the same as of show_title(); Time{}: it showed "idle"
     char replies_[kMaxMessage];  // from the runner; while they are read, buffer_ may be used
     char buffer_[kMaxMessage];   // from a client or the ready queue
 };
