@@ -2154,7 +2154,7 @@ struct Runner {
     Time kill_at = Time::max();    // when end_runner() is due, for one that should be gone
     int signal = 0;                // the last signal that we sent it
     bool dead = false;             // it has ended; what it still said is being read
-    int left = 0;                  // requests until its successor is started; 0: no limit
+    int64_t left = INT64_MAX;      // requests until its successor is started
     Fd files;                      // with --reload: the list of the files that it has loaded,
     std::vector<int64_t> watched;  // and when these were modified
     int64_t started = 0;           // before it loaded any, on the clock of files
@@ -3381,15 +3381,14 @@ private:
             slot.deadline = Time::max();
             tell_log(runner);
         }
-        if (runner.left > 0 && --runner.left == 0) { start_successor(runner); }
+        if (--runner.left <= 0) { start_successor(runner); }
         if (runner.phase == Phase::Retired) { leave_if_idle(runner); }
         look_ = slot.ahead_limit == 0 || ++served_ % 8 == 0 || !ready_.empty() || look_;
     }
 
     /// The runner has had its --max-requests: another is started, and until that has loaded the
-    /// application this one goes on.
+    /// application this one goes on. Should it fail, or not be due yet, the next request tries.
     void start_successor(Runner& runner) {
-        runner.left = 1;  // should it fail, or not be due yet, the next request tries again
         if (runner.phase != Phase::Serving || runners_.size() > 1 || now_ < restart_at_) { return; }
         if (Error error = boot_runner()) { return log(Level::Error, error.text); }
         log(Level::Info, "Autorestarting runner (pid:" + to_string(runner.pid) + ")");
@@ -3559,7 +3558,7 @@ private:
         feed_runner(runner.slots[0]);
         const int jitter = config_.max_requests_jitter;
         const int extra = jitter > 0 ? static_cast<int>(::random() % (jitter + 1L)) : 0;
-        runner.left = config_.max_requests > 0 ? config_.max_requests + extra : 0;
+        if (config_.max_requests > 0) { runner.left = config_.max_requests + extra; }
         return {};
     }
 
