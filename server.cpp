@@ -2132,7 +2132,7 @@ struct Slot {
     size_t ahead_limit = 0;   // how many these may be: about kAhead of work
     size_t ahead_bytes = kPiece;  // bytes that each may have
     Time since{};                 // when the request went out
-    Time deadline = Time::max();  // to hear of it again
+    Time deadline{};              // to hear of it again
 
     const Pair& pipe_of(size_t turn) const { return pipes[(index + turn) % pipes.size()]; }
     const Fd& pipe() const { return pipes[index].second; }
@@ -2612,7 +2612,7 @@ private:
     /// Hung slots, runners that should be gone, and whether another has to start.
     void tick_runners() {
         each_slot([this](Slot& slot) {
-            if (now_ >= slot.deadline) { hung_app(slot); }
+            if (slot.busy() && now_ >= slot.deadline) { hung_app(slot); }
         });
         for (Runner& runner : runners_) {
             const auto awaited = [](const Slot& slot) { return slot.current() != nullptr; };
@@ -3377,10 +3377,8 @@ private:
             begin_request(slot);
             slot.gone = slot.current() == nullptr;
             feed_runner(slot);
-        } else {
-            slot.deadline = Time::max();
-            tell_log(runner);
         }
+        tell_log(runner);
         if (--runner.left <= 0) { start_successor(runner); }
         if (runner.phase == Phase::Retired) { leave_if_idle(runner); }
         look_ = slot.ahead_limit == 0 || ++served_ % 8 == 0 || !ready_.empty() || look_;
