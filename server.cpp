@@ -3078,7 +3078,7 @@ private:
 
     /// How many requests a slot would take now: what it runs next, and what lies ahead.
     size_t places(const Slot& slot) const {
-        if (slot.runner->phase != Phase::Serving || slot.runner->dead) { return 0; }
+        if (slot.runner->phase != Phase::Serving) { return 0; }
         const bool quick =
             !slot.answered && !slot.full && !slot.runner->new_log && now_ < slot.since + kAhead;
         const size_t limit = 1 + (quick || !slot.busy() ? slot.ahead_limit : 0);
