@@ -142,12 +142,16 @@ ssize_t write_some(const Fd& fd, string_view data) {
     return retry([&] { return ::write(fd.get(), data.data(), data.size()); });
 }
 
-/// Writes two parts as one.
-ssize_t write_both(const Fd& fd, string_view a, string_view b) {
-    if (b.empty()) { return write_some(fd, a); }
-    const struct iovec parts[] = {{const_cast<char*>(a.data()), a.size()},
-                                  {const_cast<char*>(b.data()), b.size()}};
-    return retry([&] { return ::writev(fd.get(), parts, 2); });
+/// Writes up to four parts as one.
+ssize_t write_parts(const Fd& fd, string_view first, std::initializer_list<string_view> others) {
+    struct iovec parts[4] = {{const_cast<char*>(first.data()), first.size()}};
+    int count = 1;
+    for (const string_view part : others) {
+        if (part.empty()) { continue; }
+        parts[count++] = {const_cast<char*>(part.data()), part.size()};
+    }
+    if (count == 1) { return write_some(fd, first); }
+    return retry([&] { return ::writev(fd.get(), parts, count); });
 }
 
 /// Writes everything to a blocking descriptor; false, with errno, where that fails.
@@ -3124,7 +3128,7 @@ private:
         const size_t size = head.size() + body.size();
         const Fd& pipe = slot.pipe_of(slot.turns.size()).second;
         const bool fits = c.body.stored() == 0 && size <= slot.ahead_bytes;
-        const bool sent = fits && write_both(pipe, head, body) > 0;
+        const bool sent = fits && write_parts(pipe, head, {body}) > 0;
         if (slot.busy() && !sent) { return false; }
         set_state(c, State::Run);
         slot.turns.push_back({&c, sent ? size : 0, ""});
@@ -3282,15 +3286,7 @@ private:
     size_t send_parts(Connection& c, std::initializer_list<string_view> parts) {
         const string_view kept = c.out.front();
         if (kept.size() < static_cast<size_t>(c.out.size())) { return 0; }
-        struct iovec pieces[4] = {};
-        struct msghdr message = {};
-        message.msg_iov = pieces;
-        const auto add = [&message](string_view part) {
-            message.msg_iov[message.msg_iovlen++] = {const_cast<char*>(part.data()), part.size()};
-        };
-        add(kept);
-        for (const string_view part : parts) { add(part); }
-        const ssize_t n = retry([&] { return ::sendmsg(c.socket.get(), &message, 0); });
+        const ssize_t n = write_parts(c.socket, kept, parts);
         if (n <= 0) { return 0; }
         set_state(c, State::Reply);
         const size_t sent = static_cast<size_t>(n), old = std::min(sent, kept.size());
