@@ -2578,7 +2578,7 @@ private:
         for (int round = 0; round < 8; ++round) {
             if (std::exchange(look_, false)) { take_from_queue(); }
             dispatch();
-            if (booted_ && wants_request()) { accept_clients(); }
+            if (wants_request()) { accept_clients(); }
             Slot* slot = nullptr;  // whose request went out just now
             each_slot([&](Slot& each) { slot = each.busy() && each.since == now_ ? &each : slot; });
             if (slot == nullptr) { return; }
