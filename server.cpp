@@ -2705,24 +2705,22 @@ private:
     bool accept_client(const Listener& listener) {
         const bool full = connected_ >= config_.worker_connections;
         Connection* victim = full ? choose_victim() : nullptr;
-        const bool room = !full || victim != nullptr;
+        if (full && victim == nullptr) { return accept_again_ = now_ + kTick, false; }
         sockaddr_storage peer{};
         socklen_t size = sizeof peer;
         const auto address = reinterpret_cast<sockaddr*>(&peer);
 #ifdef SOCK_CLOEXEC
-        Fd fd(room ? ::accept4(listener.fd.get(), address, &size, SOCK_CLOEXEC | SOCK_NONBLOCK)
-                   : -1);
+        Fd fd(::accept4(listener.fd.get(), address, &size, SOCK_CLOEXEC | SOCK_NONBLOCK));
 #else
-        Fd fd(room ? ::accept(listener.fd.get(), address, &size) : -1);
+        Fd fd(::accept(listener.fd.get(), address, &size));
         if (fd) { set_flags(fd.get(), true); }
 #endif
         const bool short_of =
             errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM;
-        if (!fd && room && !short_of) { return !would_block(); }  // or what ails one connection
+        if (!fd && !short_of) { return !would_block(); }  // or what ails one connection
         if (!fd) {
-            if (room) { log(Level::Error, os_error("cannot accept").text), shed(); }
-            accept_again_ = now_ + kTick;
-            return false;
+            log(Level::Error, os_error("cannot accept").text), shed();
+            return accept_again_ = now_ + kTick, false;
         }
         if (full) { drop(*victim); }
         Connection* c = adopt(std::move(fd));
