@@ -293,6 +293,9 @@ string_view cut(string_view& text, char separator) {
     return part;
 }
 
+/// Empties a string and gives its memory back; to assign an empty one would keep that.
+void release(string& text) { string().swap(text); }
+
 /// Reads digits and nothing else; false also where the number does not fit 63 bits.
 /// Where it returns false, `number` may be anything.
 bool parse_number(string_view text, int64_t& number, int base = 10) {
@@ -373,7 +376,7 @@ private:
         const bool there = ::lseek(file_.get(), file_end_, SEEK_SET) >= 0;
         if (!there || !write_all(file_, back_)) { return false; }
         file_end_ += static_cast<int64_t>(back_.size());
-        back_.clear();
+        release(back_);
         return true;
     }
 
@@ -483,7 +486,7 @@ struct Config {
     pid_t old_master = 0;   // that upgrades to this one
     char* title = nullptr;  // what ps shows
     size_t title_size = 0;
-    bool daemon = false;
+    bool daemon = false, detached = false;  // detached: it has no terminal any more
     bool check_config = false, print_config = false, version = false, help = false;
 };
 
@@ -815,7 +818,8 @@ void give_away(const Config& config, const Fd& file) {
     struct stat info = {};
     const bool regular = ::fstat(file.get(), &info) == 0 && S_ISREG(info.st_mode);
     if (regular && info.st_nlink <= 1 && ::geteuid() == 0) {
-        (void)!::fchown(file.get(), config.uid, config.gid);
+        const bool group = info.st_gid != ::getegid();  // logrotate's choice, or its directory's
+        (void)!::fchown(file.get(), config.uid, group ? info.st_gid : config.gid);
     }
 }
 
@@ -840,6 +844,9 @@ Error open_log(const Config& config, const string& path, int standard, Fd& file)
 Error open_logs(const Config& config) {
     g_log.level = Level(std::find(kLevels, std::end(kLevels), config.loglevel) - kLevels);
     const Error error = open_log(config, config.errorlog, STDERR_FILENO, g_log.error_file);
+    for (const int fd : {STDOUT_FILENO, STDERR_FILENO}) {
+        if (config.detached) { ::dup2(g_log.error_file.get(), fd); }
+    }
     return error ? error : open_log(config, config.accesslog, STDOUT_FILENO, g_log.access_file);
 }
 
@@ -1205,7 +1212,7 @@ Error write_pidfile(const string& path) {
 }
 
 /// Goes on in a process without a terminal, in a session of its own, in the same directory.
-Error daemonize(const Config& config) {
+Error daemonize(Config& config) {
     for (int i = 0; i < 2; ++i) {  // who is no session leader cannot get a terminal again
         const pid_t pid = ::fork();
         if (pid < 0) { return os_error("cannot fork"); }
@@ -1213,9 +1220,8 @@ Error daemonize(const Config& config) {
         if (i == 0) { ::setsid(); }
     }
     const Fd null(::open("/dev/null", O_RDWR | O_CLOEXEC));
-    const Fd& log = config.errorlog == "-" ? null : g_log.error_file;
-    ::dup2(null.get(), STDIN_FILENO);
-    for (const int fd : {STDOUT_FILENO, STDERR_FILENO}) { ::dup2(log.get(), fd); }
+    for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) { ::dup2(null.get(), fd); }
+    config.detached = true;
     return open_logs(config);
 }
 
@@ -2382,7 +2388,7 @@ ssize_t exchange_message(const Fd& queue, bool send, char* data, size_t size, in
 // ============================================================================
 //  10. Worker: one select loop between clients, the ready queue and the runner
 // ============================================================================
-constexpr char kReload = 1;          // a worker to the arbiter: a file of the application changed
+constexpr char kReload = 1;          // a worker to the arbiter: new workers are wanted
 constexpr auto kGather = 1200ms;     // how long the arbiter waits for more of them
 constexpr auto kTick = 100ms;        // how exact a deadline is
 constexpr auto kColdDelay = 20ms;    // how long select() may leave out who was silent for a tick
@@ -2460,7 +2466,11 @@ private:
     }
 
     void reopen_logs() {
-        if (Error error = open_logs(config_)) { return log(Level::Error, error.text); }
+        if (Error error = open_logs(config_)) {  // as --user; new workers get what root opened
+            log(Level::Warning, error.text + ": new workers take over");
+            (void)write_some(arbiter_, string_view(&kReload, 1));
+            return;
+        }
         for (Runner& runner : runners_) {
             runner.new_log = config_.errorlog != "-" && config_.runner.empty();
             tell_log(runner);
@@ -2538,7 +2548,7 @@ private:
     void show_title() {
         const Slot* busy = nullptr;
         each_slot([&](const Slot& slot) { busy = slot.busy() ? &slot : busy; });
-        const Time state = busy != nullptr ? last_begin_ : Time{};
+        const Time state = busy != nullptr ? busy->since : Time{};
         if (!booted_ || std::exchange(shown_, state) == state) { return; }
         if (busy == nullptr) { return set_title(config_, "worker", "idle"); }
         const string line = request_line(busy->turns.front());
@@ -2762,7 +2772,8 @@ private:
         for (const auto& c : connections_) {
             if (!c) { continue; }
             const bool stuck = c->state == State::Reply && c->deadline <= late && c->out.size() > 0;
-            if (!stuck && c->state != State::Linger && c->state > State::ReadBody) { continue; }
+            const bool reads = c->state <= State::ReadBody && now_ >= c->accepted + kTick;
+            if (!stuck && !reads && c->state != State::Linger) { continue; }
             if (victim == nullptr || rank(*c) < rank(*victim)) { victim = c.get(); }
         }
         return victim;
@@ -2862,7 +2873,7 @@ private:
         }
         c.env = make_environ(request, c.ends, https ? "https" : "http");
         if (g_log.level == Level::Debug) { log(Level::Debug, escape(c.request_line())); }
-        c.taken = string();
+        release(c.taken);
         set_state(c, State::ReadBody);
         if (too_large(request.length)) { return refuse(c, {413, "the body is too large"}); }
         if (request.expect_continue && !has_more && (c.parser.at.chunked || request.length > 0)) {
@@ -2881,7 +2892,7 @@ private:
             c.env.insert(sizeof "CONTENT_LENGTH", to_string(c.body.size()));
         }
         c.more = !c.in.empty();
-        c.in = string();
+        release(c.in);
         c.started = now_;
         set_state(c, State::Ready);
     }
@@ -2917,7 +2928,7 @@ private:
             c.out.pop(static_cast<size_t>(n));
             if (c.state == State::Reply) { set_state(c, State::Reply); }
         }
-        if (c.complete) { finish(c); }
+        if (c.complete && c.state == State::Reply) { finish(c); }
     }
 
     /// All has been sent. A close with bytes unread would reset the connection, and might take the
@@ -2953,13 +2964,17 @@ private:
         set_state(c, State::Done);
     }
 
-    void write_access(const Connection& c, int status) const {
+    void write_access(const Connection& c, int status) {
         if (!g_log.access_file) { return; }
         const Time start = c.started != Time{} ? c.started : c.accepted;
         const int64_t bytes = std::max<int64_t>(c.body_bytes - c.out.size(), 0);  // less if cut
         const auto took = std::chrono::ceil<microseconds>(Clock::now() - start);
         const Access access{c.env, c.head, c.request_line(), c.ends.peer, status, bytes, took};
-        (void)write_all(g_log.access_file, access_line(config_.access_log_format, access));
+        const bool good =
+            write_all(g_log.access_file, access_line(config_.access_log_format, access));
+        if (std::exchange(logs_access_, good) && !good) {
+            log(Level::Error, os_error("cannot write the access log").text);
+        }
     }
 
     // --- the ready queue --------------------------------------------------------------------
@@ -3159,7 +3174,8 @@ private:
         while (slot.turns.size() > keep) {
             Connection* client = slot.turns.back().client;
             const size_t all = slot.turns.back().size;
-            const bool begun = client != nullptr && !client->app_head.empty();
+            const bool begun =
+                client != nullptr && (client->response.status != 0 || !client->app_head.empty());
             if (all == 0 || begun) { return; }  // it may answer without reading
             const Pair& pipe = slot.pipe_of(slot.turns.size() - 1);
             const ssize_t n = read_some(pipe.first, buffer_, kMaxMessage);
@@ -3243,6 +3259,7 @@ private:
         c.out.append(c.head, kReplyMemory);
         set_state(c, State::Reply);
         reply_body(c, string_view(c.app_head).substr(end + 2));
+        release(c.app_head);  // with the start of the body it may be large
     }
 
     /// A piece of the body, as far as its Content-Length allows, chunked if need be.
@@ -3567,14 +3584,15 @@ private:
     size_t next_listener_ = 0, served_ = 0;  // the listener to begin with; requests
     Stop stop_ = Stop::No;
     bool booted_ = false, spinner_ = false, dismissed_ = false;  // dismissed: the last runner
-    bool look_ = false;  // into the ready queue, before what waits here is handed out
+    bool logs_access_ = true;  // the last line of the access log was written
+    bool look_ = false;        // into the ready queue, before what waits here is handed out
     size_t reply_memory_ = 0;
     fd_set reads_{}, writes_{};  // what select() watches for the connections
     fd_set hot_{}, fresh_{};     // of reads_: about whom there was news lately; since the last tick
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_;
     Time last_begin_ = now_;     // when a request went out last
-    Time shown_ = Time::max();   // the same as of show_title(); Time{}: it showed "idle"
+    Time shown_ = Time::max();   // the request of show_title() began; Time{}: it showed "idle"
     char replies_[kMaxMessage];  // from the runner; while they are read, buffer_ may be used
     char buffer_[kMaxMessage];   // from a client or the ready queue
 };
@@ -3948,6 +3966,7 @@ Error apply(Config& config) {
     if (environment("SERVER_UPGRADE") == to_string(::getppid())) {
         config.old_master = ::getppid();
         config.inodes = environment("LISTEN_FDNAMES");
+        config.detached = config.daemon;
     }
     for (const char* name : {"SERVER_UPGRADE", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
                              "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
@@ -4062,16 +4081,12 @@ int main(int argc, char** argv) {
     if (!error) { error = apply(config); }
     if (!error) { error = bind_all(config, listeners); }
     if (!error && config.check_config) { return check_app(config); }
-    bool detached = config.daemon && config.old_master > 0;
-    if (!error && config.daemon && !detached) {
-        error = daemonize(config);
-        detached = true;
-    }
+    if (!error && config.daemon && !config.detached) { error = daemonize(config); }
     block_signals(true);  // from the pid file on, until the arbiter handles them
     if (!error) { error = write_pidfile(own_pidfile(config)); }
     if (error) {
         if (config.old_master == 0) { unlink_sockets(listeners); }
-        if (detached) { log(Level::Critical, error.text); }
+        if (config.detached) { log(Level::Critical, error.text); }
         return std::fprintf(stderr, "Error: %s\n", error.text.c_str()), error.code;
     }
     make_title_room(config, argv, argc);

@@ -5794,6 +5794,39 @@ TEST_CASE("responses of all kinds") {
     CHECK(server.log_has("/app.py\", line " + to_string(line) + ", in boom"));
 }
 
+TEST_CASE("a response that ends just as its client takes it is logged once") {
+    const TempDir dir;
+    Server server(kTools + R"py(
+class Two:
+    def __init__(self, start_response):
+        start_response("200 OK", [])
+
+    def __iter__(self):
+        yield b"x" * 300000
+        wait("go")
+
+    def close(self):  # after the end of the response has gone out
+        mark("ended")
+
+def two(environ, start_response):
+    return Two(start_response)
+)py",
+                  {"-w", "1", "-b", "unix:" + dir.path + "/s"});
+    Client client(dir.path + "/s");  // of whose response its socket takes only a part
+    client.send(get_bytes("/two") + "more");
+    REQUIRE(client.readable(10s));
+    const pid_t worker = server.workers().at(0);
+    freeze(worker);
+    write_file(server.dir.path + "/go", "");
+    REQUIRE(wait_for([&] { return exists(server.dir.path + "/ended"); }));
+    const string part = client.read_until([&](const string&) { return !client.readable(0ms); });
+    ::kill(worker, SIGCONT);
+    CHECK(Reply(part + client.read_all(1s)).body.size() == 300000);
+    CHECK(request_unix(dir.path + "/s", get_bytes("/two")).status == 200);
+    CHECK(wait_for([&] { return count(server.access(), "GET /two") >= 2; }));
+    CHECK(count(server.access(), "GET /two") == 2);
+}
+
 TEST_CASE("what is no WSGI response gets 500, and the log tells why") {
     Server server(kProtocolApp, {"-w", "1"});
     struct Row {
@@ -6642,6 +6675,15 @@ vector<Client> hold(const Server& server, size_t n, const string& bytes) {
     return held;
 }
 
+TEST_CASE("a full worker leaves clients that have just come the time to say something") {
+    const Server server(kTools + kHold, {"-w", "1", "--worker-connections", "5"});
+    vector<Client> clients = hold(server, 60, "");
+    for (const Client& each : clients) { each.send(get_bytes("/hello")); }
+    int good = 0;
+    for (Client& each : clients) { good += Reply(each.read_all()).body == "hello"; }
+    CHECK(good == 60);
+}
+
 TEST_CASE("hundreds of slow clients are held, answered in the end, and felt by nobody") {
     raise_descriptors();
     const Server server(kTools + kHold, {"-w", "2", "--header-timeout", "60"});
@@ -6690,6 +6732,18 @@ long resident(const Server& server) {
         if (at != string::npos) { sum += std::atol(status.c_str() + at + 8); }
     }
     return sum;
+}
+
+TEST_CASE("what many slow clients have not taken is in files, but for 16 MiB and a piece each") {
+    const Server server(kTools + kHold, {"-w", "1"});
+    CHECK(answered(server, 20) == 20);
+    const long before = resident(server);
+    Client::receive_buffer = 4096;
+    const vector<Client> readers = hold(server, 200, get_bytes("/big"));
+    Client::receive_buffer = 0;
+    CHECK(wait_for([&] { return answered(server, 1) == 1; }));  // the application has made them all
+    const long pieces = 200 * 64, slack = 12 * 1024;
+    if (!is_sanitized()) { CHECK(resident(server) - before < 16 * 1024 + pieces + slack); }
 }
 
 TEST_CASE("memory stays flat for bodies and responses of 300 MB, whoever is slow") {
@@ -7198,11 +7252,44 @@ TEST_CASE("USR1 moves both logs, and what the application prints, to new files")
     CHECK_FALSE(contains(read_file(errors + ".1"), "/two"));
 }
 
+TEST_CASE("an access log that takes no more is told of, once") {
+    const Limit files(RLIMIT_FSIZE, 8192);
+    Server server(kHello, {"-w", "1"});
+    for (int i = 0; i < 150; ++i) { CHECK(get(server).body == "hello\n"); }
+    CHECK(server.access().size() == 8192);
+    CHECK(count(server.log(), "[ERROR] cannot write the access log: File too large") == 1);
+}
+
 /// The numbers behind a name in /proc/PID/status.
 string process_ids(pid_t pid, const string& name) {
     const string status = read_file("/proc/" + to_string(pid) + "/status");
     const size_t at = status.find("\n" + name + ":") + name.size() + 2;
     return string(trim(string_view(status).substr(at, status.find('\n', at) - at)));
+}
+
+TEST_CASE("with --user the logs move where only root can open them") {
+    if (!may_become_and_see_others().second) {
+        MESSAGE("not run: only root with CAP_SYS_PTRACE sees the processes of another user");
+        return;
+    }
+    const TempDir dir;  // of mode 0700
+    const string access = dir.path + "/access", errors = dir.path + "/errors";
+    Server server(kTalkative,
+                  {"-u", "nobody", "--access-logfile", access, "--error-logfile", errors}, {},
+                  false);
+    ::chmod(server.dir.path.c_str(), 0755);
+    REQUIRE(wait_for([&] { return server.ready_workers() == 2; }));
+    const int port =
+        std::atoi(read_file(errors).substr(read_file(errors).find("127.0.0.1:") + 10).c_str());
+    REQUIRE(::rename(access.c_str(), (access + ".1").c_str()) == 0);
+    REQUIRE(::rename(errors.c_str(), (errors + ".1").c_str()) == 0);
+    server.signal(SIGUSR1);
+    CHECK(wait_for([&] {
+        CHECK(request(port, get_bytes("/late")).body == "ok");
+        return contains(read_file(errors), "printed /late") &&
+               contains(read_file(access), "GET /late");
+    }));
+    CHECK(count(read_file(errors), "Hang up") == 1);  // both workers wanted it
 }
 
 TEST_CASE("workers and runners run as --user and --group, and their files belong to them") {
@@ -7402,6 +7489,18 @@ TEST_CASE("a daemon goes on in the background, and its pid file names it as long
     const int port = std::atoi(log.c_str() + log.find("127.0.0.1:") + 10);
     CHECK(request(port, get_bytes("/x")).body == "ok");
     CHECK(wait_for([&] { return contains(read_file(errors), "printed /x"); }));
+    REQUIRE(::rename(errors.c_str(), (errors + ".1").c_str()) == 0);
+    ::kill(pid, SIGUSR1);
+    CHECK(wait_for([&] { return exists(errors); }));
+    const auto holds_old = [&](const string& each) {
+        return contains(output_of("ls -l /proc/" + each + "/fd"), errors + ".1");
+    };
+    CHECK(wait_for([&] {  // nor does any process that is to come
+        const string workers = output_of("pgrep -P " + to_string(pid) + " | tr '\\n' ' '");
+        const size_t blank = workers.find(' ');
+        return !holds_old(to_string(pid)) && !holds_old(workers.substr(0, blank)) &&
+               !holds_old(workers.substr(blank + 1));
+    }));
     const Ran second = run_to_end(args);
     CHECK(second.code == 1);
     CHECK(contains(second.err, to_string(pid)));
@@ -7914,6 +8013,35 @@ vector<pid_t> masters_of(const Server& server) {
         }
     }
     return found;
+}
+
+TEST_CASE("with --threads ps shows what runs, not what ran") {
+    const Server server(kTools + R"py(
+def first(environ, start_response):
+    wait("go")
+    return reply(start_response, "first")
+
+def second(environ, start_response):
+    wait("second")
+    return reply(start_response, "second")
+)py",
+                        {"-w", "1", "--threads", "2"});
+    const pid_t worker = server.workers().at(0);
+    const auto shows = [&](const string& text) {
+        return wait_for(
+            [&] { return contains(output_of("ps -o args= -p " + to_string(worker)), text); });
+    };
+    Client first(server), second(server);
+    first.send(get_bytes("/first"));
+    REQUIRE(shows("GET /first"));
+    second.send(get_bytes("/second"));
+    REQUIRE(shows("GET /second"));
+    write_file(server.dir.path + "/second", "");
+    CHECK(Reply(second.read_all()).body == "second");
+    CHECK(shows("GET /first"));
+    write_file(server.dir.path + "/go", "");
+    CHECK(Reply(first.read_all()).body == "first");
+    CHECK(shows("idle"));
 }
 
 /// The one that there is, in the end: a worker just forked has its master's title for a moment, and
