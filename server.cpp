@@ -2772,8 +2772,7 @@ private:
         for (const auto& c : connections_) {
             if (!c) { continue; }
             const bool stuck = c->state == State::Reply && c->deadline <= late && c->out.size() > 0;
-            const bool reads = c->state <= State::ReadBody && now_ >= c->accepted + kTick;
-            if (!stuck && !reads && c->state != State::Linger) { continue; }
+            if (!stuck && c->state != State::Linger && c->state > State::ReadBody) { continue; }
             if (victim == nullptr || rank(*c) < rank(*victim)) { victim = c.get(); }
         }
         return victim;
