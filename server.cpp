@@ -364,6 +364,7 @@ public:
     bool failed() const { return failed_; }
     bool full() const { return size() > 0 && (failed_ || file_end_ >= int64_t{1} << 30); }
     size_t memory() const { return front_.size() - offset_ + back_.size(); }
+    size_t allocated() const { return front_.capacity() + back_.capacity(); }
     int64_t stored() const { return file_end_ - file_begin_; }
     int64_t size() const { return stored() + static_cast<int64_t>(memory()); }
     string_view newest() const { return back_; }
@@ -381,7 +382,7 @@ private:
     }
 
     void refill() {
-        front_.clear();
+        release(front_);
         offset_ = 0;
         if (stored() == 0) {
             file_.reset();
@@ -2466,9 +2467,10 @@ private:
     }
 
     void reopen_logs() {
-        if (Error error = open_logs(config_)) {  // as --user; new workers get what root opened
-            log(Level::Warning, error.text + ": new workers take over");
-            (void)write_some(arbiter_, string_view(&kReload, 1));
+        if (Error error = open_logs(config_)) {
+            const bool denied = errno == EACCES && stop_ == Stop::No;  // as --user
+            log(Level::Error, error.text + (denied ? ": new workers inherit it" : ""));
+            if (denied) { (void)write_some(arbiter_, string_view(&kReload, 1)); }
             return;
         }
         for (Runner& runner : runners_) {
@@ -2548,7 +2550,7 @@ private:
     void show_title() {
         const Slot* busy = nullptr;
         each_slot([&](const Slot& slot) { busy = slot.busy() ? &slot : busy; });
-        const Time state = busy != nullptr ? busy->since : Time{};
+        const std::pair state(busy, busy != nullptr ? busy->since : Time{});
         if (!booted_ || std::exchange(shown_, state) == state) { return; }
         if (busy == nullptr) { return set_title(config_, "worker", "idle"); }
         const string line = request_line(busy->turns.front());
@@ -2646,7 +2648,7 @@ private:
     /// After any event of a connection: the sets, the memory it uses, and its end.
     void settle(Connection& c) {
         const bool done = c.state == State::Done;
-        const size_t used = done ? 0 : c.out.memory();
+        const size_t used = done ? 0 : c.out.allocated();
         reply_memory_ += used - std::exchange(c.counted, used);
         for (fd_set* set : {&reads_, &hot_, &fresh_}) { watch(c.socket, *set, !done && !c.eof); }
         watch(c.socket, writes_, !done && c.out.size() > 0);
@@ -3043,7 +3045,7 @@ private:
         const bool lost = c->stored > 0 && !file;  // no descriptor was free for it
         if (c->stored > 0) { c->body.adopt_file(raise_fd(std::move(file)), c->stored); }
         const Time deadline = c->deadline;
-        set_state(*c, c->state);
+        set_state(*c, std::exchange(c->state, State::ReadHead));
         c->deadline = deadline;
         if (c->state == State::ReadBody) { c->parser.at = c->framing; }
         if (c->state == State::ReadHead && !c->in.empty()) { parse(*c, ""); }
@@ -3566,7 +3568,7 @@ private:
         feed_runner(runner.slots[0]);
         const int jitter = config_.max_requests_jitter;
         const int extra = jitter > 0 ? static_cast<int>(::random() % (jitter + 1L)) : 0;
-        if (config_.max_requests > 0) { runner.left = config_.max_requests + extra; }
+        if (config_.max_requests > 0) { runner.left = int64_t{config_.max_requests} + extra; }
         return {};
     }
 
@@ -3590,8 +3592,8 @@ private:
     fd_set hot_{}, fresh_{};     // of reads_: about whom there was news lately; since the last tick
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_;
-    Time last_begin_ = now_;     // when a request went out last
-    Time shown_ = Time::max();   // the request of show_title() began; Time{}: it showed "idle"
+    Time last_begin_ = now_;                             // when a request went out last
+    std::pair<const Slot*, Time> shown_{nullptr, now_};  // by show_title(), and when that began
     char replies_[kMaxMessage];  // from the runner; while they are read, buffer_ may be used
     char buffer_[kMaxMessage];   // from a client or the ready queue
 };
