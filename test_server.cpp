@@ -254,6 +254,16 @@ string server_path() {
 
 bool is_sanitized() { return contains(server_path(), "asan"); }
 
+/// The port of the n-th TCP listener, from the "Listening at" line of a log.
+int port_in(const string& log, size_t n = 0) {
+    size_t at = log.find("Listening at: ");
+    for (size_t i = 0; i <= n && at != string::npos; ++i) { at = log.find("http://", at + 1); }
+    if (at == string::npos) { return 0; }
+    at += 7;
+    at = log.find(log[at] == '[' ? "]:" : ":", at) + (log[at] == '[' ? 2 : 1);
+    return std::atoi(log.c_str() + at);
+}
+
 /// A server that runs, with stdout and stderr in files.
 struct Server {
     TempDir dir;
@@ -333,16 +343,7 @@ struct Server {
         return wait_for([&] { return contains(access(), text); });
     }
 
-    /// The port of the n-th TCP listener, from the "Listening at" line.
-    int port(size_t n = 0) const {
-        string text = log();
-        size_t at = text.find("Listening at: ");
-        for (size_t i = 0; i <= n && at != string::npos; ++i) { at = text.find("http://", at + 1); }
-        if (at == string::npos) { return 0; }
-        at += 7;
-        at = text.find(text[at] == '[' ? "]:" : ":", at) + (text[at] == '[' ? 2 : 1);
-        return std::atoi(text.c_str() + at);
-    }
+    int port(size_t n = 0) const { return port_in(log(), n); }
 
     bool ended() {
         if (status < 0 && ::waitpid(pid, &status, WNOHANG) != pid) { status = -1; }
@@ -7208,18 +7209,12 @@ TEST_CASE("USR1 moves both logs, and what the application prints, to new files")
     const TempDir dir;
     const string access = dir.path + "/access", errors = dir.path + "/errors";
     Server server(kTalkative, {"--access-logfile", access, "--error-logfile", errors}, {}, false);
-    const auto ask = [&](const string& target) {
-        const int port =
-            std::atoi(read_file(errors).substr(read_file(errors).find("127.0.0.1:") + 10).c_str());
-        return request(port, get_bytes(target)).body;
-    };
     REQUIRE(wait_for([&] {
         return contains(read_file(errors), "Listening at") && server.ready_workers() == 2;
     }));
-    CHECK(ask("/one") == "ok");
+    const int port = port_in(read_file(errors));
+    CHECK(request(port, get_bytes("/one")).body == "ok");
     CHECK(wait_for([&] { return contains(read_file(errors), "printed /one"); }));
-    const int port =
-        std::atoi(read_file(errors).substr(read_file(errors).find("127.0.0.1:") + 10).c_str());
     REQUIRE(::rename(access.c_str(), (access + ".1").c_str()) == 0);
     REQUIRE(::rename(errors.c_str(), (errors + ".1").c_str()) == 0);
     server.signal(SIGUSR1);
@@ -7277,8 +7272,7 @@ TEST_CASE("with --user the logs move where only root can open them") {
                   false);
     ::chmod(server.dir.path.c_str(), 0755);
     REQUIRE(wait_for([&] { return server.ready_workers() == 2; }));
-    const int port =
-        std::atoi(read_file(errors).substr(read_file(errors).find("127.0.0.1:") + 10).c_str());
+    const int port = port_in(read_file(errors));
     REQUIRE(::rename(access.c_str(), (access + ".1").c_str()) == 0);
     REQUIRE(::rename(errors.c_str(), (errors + ".1").c_str()) == 0);
     server.signal(SIGUSR1);
@@ -7483,8 +7477,7 @@ TEST_CASE("a daemon goes on in the background, and its pid file names it as long
     CHECK(output_of("readlink /proc/" + to_string(pid) + "/fd/1") == errors);
     CHECK(output_of("readlink /proc/" + to_string(pid) + "/cwd") == dir.path);
     CHECK(output_of("stat -c %a " + pidfile) == "644");
-    const string log = read_file(errors);
-    const int port = std::atoi(log.c_str() + log.find("127.0.0.1:") + 10);
+    const int port = port_in(read_file(errors));
     CHECK(request(port, get_bytes("/x")).body == "ok");
     CHECK(wait_for([&] { return contains(read_file(errors), "printed /x"); }));
     REQUIRE(::rename(errors.c_str(), (errors + ".1").c_str()) == 0);
