@@ -2290,15 +2290,15 @@ enum class State { ReadHead, ReadBody, Ready, Run, Reply, Linger, Done };
 
 /// The part of a connection that goes through the ready queue as it is.
 struct Passport {
-    Time accepted, started;         // connected; the request was complete
-    State state = State::ReadHead;  // a request that is not complete: how far it is,
-    Time deadline{};                // and by when it has to be
-    RequestParser::Framing framing{};
-    int64_t stored = 0;              // bytes of the body that are in a file
-    int minor = 0;                   // HTTP/1.minor
-    bool bodyless = false;           // HEAD, 204, 304: the response has no body
-    bool more = false, eof = false;  // the client sent more than its request; half-closed
-    bool awaits_proxy = false;       // a PROXY header may come first
+    Time accepted, started;            // connected; the request was complete
+    State state = State::ReadHead;     // in the queue: Ready, or how far the request has come,
+    Time deadline{};                   // and by when that has to go on
+    RequestParser::Framing framing{};  // in the queue alone, as is the next: parser.at
+    int64_t stored = 0;                // bytes of the body that are in a file
+    int minor = 0;                     // HTTP/1.minor
+    bool bodyless = false;             // HEAD, 204, 304: the response has no body
+    bool more = false, eof = false;    // the client sent more than its request; half-closed
+    bool awaits_proxy = false;         // a PROXY header may come first
 };
 
 struct Connection : Passport {
