@@ -2490,7 +2490,6 @@ private:
 
     /// Unless it is now, what has been accepted is served, and what waits in the backlog accepted.
     void stop(Stop how) {
-        const bool first = stop_ == Stop::No;
         stop_ = std::max(stop_, how);
         for (const Listener& each : listeners_) {
             for (int i = 0; booted_ && stop_ != Stop::Now && i < config_.backlog; ++i) {
@@ -2502,7 +2501,7 @@ private:
         listeners_.clear();
         next_tick_ = now_;  // which dismisses the runner if nothing is left to do
         for (const auto& c : connections_) {
-            if (!c || !c->silent() || !first || how == Stop::Leave) { continue; }  // or handed over
+            if (!c || !c->silent() || how == Stop::Leave) { continue; }  // or handed over
             c->deadline = std::min(c->deadline, now_ + 1s);  // silent, but perhaps on its way
         }
     }

@@ -6174,6 +6174,13 @@ def slow(environ, start_response):
     CHECK_FALSE(contains(server.log(), "[ERROR]"));
 }
 
+TEST_CASE("a runner that closes its pipe and stays is ended, and its client gets 502") {
+    const Server server("", {"-w", "1", "--runner",
+                             "sh -c 'printf 0:,; head -c 1 >/dev/null; exec sleep 600 >&-'"});
+    CHECK(get(server).status == 502);
+    CHECK(server.log_has("was ended by signal 9 (Killed), sent by this server: GET /"));
+}
+
 TEST_CASE("a request that a dying runner has not read is the next one's") {
     Server server(kTools, {"-w", "1"});
     const pid_t worker = server.workers()[0], runner = server.runners()[0];
@@ -7321,6 +7328,7 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
         CHECK(request_unix(path, get_bytes("/x")).body == "ok");
     };
     CHECK(process_ids(server.pid, "Uid").substr(0, 2) == "0\t");
+    CHECK(process_ids(server.pid, "Groups") == process_ids(::getpid(), "Groups"));
     check_all();
     struct stat info = {};
     CHECK((::stat(path.c_str(), &info) == 0 && (info.st_mode & 0777) == 0750));
@@ -7348,6 +7356,7 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
     CHECK(run_to_end({"-u", "no-such-user", "app:app"}).code == 1);
     CHECK(run_to_end({"-g", "no-such-group", "app:app"}).code == 1);
     CHECK(contains(run_to_end({"-u", "424242", "app:app"}).err, "'424242': name a group"));
+    CHECK(run_to_end({"-u", "424242", "-g", "424242", "--check-config"}).code == 4);
     CHECK(run_to_end({"-u", "4294967296", "app:app"}).code == 1);
     CHECK(run_to_end({"-u", "4294967295", "app:app"}).code == 1);
     const string target = dir.path + "/of_root", hard = dir.path + "/hard",
@@ -8244,7 +8253,7 @@ def echo(environ, start_response):
         const string text = app + "version = 'v" + to_string(n) + "'  # ";
         return text + string(static_cast<size_t>(n), '.');  // or a .pyc would do for two of them
     };
-    Server server(version(1), {"--proxy-protocol", "--header-timeout", "4"});
+    Server server(version(1), {"--proxy-protocol", "--header-timeout", "6"});
     REQUIRE(server.wait_ready_workers(2));
     const string big(300000, 'b');
     const auto md5 = [](const string& data) {
@@ -8275,7 +8284,11 @@ def echo(environ, start_response):
     vector<Client> clients;
     for (const auto& row : cases) {
         clients.emplace_back(server);
-        clients.back().send(row.first);
+        clients.back().send(row.first.substr(0, row.first.find('\n') + 1));
+    }
+    CHECK(wait_for([&] { return unread(server.port()) == 0; }));  // after their first lines
+    for (size_t i = 0; i < clients.size(); ++i) {
+        clients[i].send(cases[i].first.substr(cases[i].first.find('\n') + 1));
     }
     Client late(server);
     late.send("GET /echo HT");
@@ -8292,7 +8305,7 @@ def echo(environ, start_response):
             },
             3s));
     }
-    CHECK(seconds_since(begun) < 3.5);  // nobody waited for the header timeout
+    CHECK(seconds_since(begun) < 5.5);  // nobody waited for the header timeout
     CHECK(wait_for([&] { return seconds_since(begun) > 1.3; }));  // nor has a silent one less time
     for (size_t i = 0; i < clients.size(); ++i) {
         CAPTURE(cases[i].first.substr(0, 100));
@@ -8300,8 +8313,8 @@ def echo(environ, start_response):
         CHECK(Reply(clients[i].read_all()).body == "v3 " + cases[i].expected);
     }
     CHECK(Reply(late.read_all()).status == 408);  // its clock went on
-    CHECK(seconds_since(begun) > 3.5);
-    CHECK(seconds_since(begun) < 4.5);
+    CHECK(seconds_since(begun) > 5.5);
+    CHECK(seconds_since(begun) < 6.5);
 }
 
 TEST_CASE("a worker takes over unfinished requests though its runner is busy") {
