@@ -452,6 +452,14 @@ void wait_ready(int max_fd, fd_set& reads, fd_set& writes, Time until) {
     }
 }
 
+/// Whether something can be read, or a client waits to be accepted.
+bool is_ready(const Fd& fd) {
+    fd_set reads{}, writes{};
+    FD_SET(fd.get(), &reads);
+    wait_ready(fd.get(), reads, writes, Clock::now());
+    return FD_ISSET(fd.get(), &reads);
+}
+
 // ============================================================================
 //  2. Settings
 //
@@ -2452,8 +2460,8 @@ private:
     /// Whether a runner is still wanted.
     bool has_work() const {
         return stop_ < Stop::Leave ||
-               (stop_ < Stop::Now &&
-                (connected_ > 0 || (stop_ == Stop::Drain && !dismissed_ && !queue_is_empty())));
+               (stop_ < Stop::Now && (connected_ > 0 || (stop_ == Stop::Drain && !dismissed_ &&
+                                                         is_ready(queue_.second))));
     }
 
     void handle_signals() {
@@ -2728,7 +2736,8 @@ private:
 #endif
         const bool short_of =
             errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM;
-        if (!fd && !short_of) { return !would_block(); }  // or what ails one connection
+        if (!fd && !short_of) { return !would_block(); }      // or what ails one connection
+        if (!fd && !is_ready(listener.fd)) { return false; }  // it says so where nobody waits, too
         if (!fd) {
             log(Level::Error, os_error("cannot accept").text), shed();
             return accept_again_ = now_ + kTick, false;
@@ -3056,11 +3065,6 @@ private:
         }
         settle(*c);
         return true;
-    }
-
-    bool queue_is_empty() const {
-        char byte;
-        return ::recv(queue_.second.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0;
     }
 
     /// While the runner is busy: takes out what needs none, requests that are not complete, and

@@ -3264,6 +3264,7 @@ TEST_CASE("EOF is a half-close, a reset is a client that has gone") {
         check_error_page(exchange(Client(server), bytes, true), 400);
     }
     CHECK(exchange(Client(server), "", true).raw == "");
+    Client(server).reset();  // who sent nothing has no line
     CHECK(get(server).status == 200);
     CHECK(count(server.log(), "app runs") == runs + 1);
     CHECK(wait_for([&] { return count(server.access(), "\n") == early.size() + 4; }));
@@ -6903,6 +6904,39 @@ TEST_CASE("64 descriptors are enough to serve, and to hold off more clients than
     }
 }
 
+TEST_CASE("a worker without a descriptor for one more client lets one go, or else rests") {
+    const Server server(kTools, {"-w", "1"});
+    const pid_t worker = server.workers()[0];
+    const auto first_free = [worker] {
+        rlim_t fd = 0;
+        while (exists("/proc/" + to_string(worker) + "/fd/" + to_string(fd))) { ++fd; }
+        return fd;
+    };
+    const rlim_t before = first_free();
+    Client silent(server);
+    REQUIRE(wait_for([&] { return first_free() > before; }));
+    struct rlimit ample = {};
+    REQUIRE(::prlimit(worker, RLIMIT_NOFILE, nullptr, &ample) == 0);
+    const struct rlimit few = {first_free(), ample.rlim_max};
+    REQUIRE(::prlimit(worker, RLIMIT_NOFILE, &few, nullptr) == 0);
+    CHECK(get(server, "/hello").body == "hello");  // in the place of the silent one
+    CHECK(silent.read_all() == "");
+    CHECK(count(server.log(), "cannot accept: Too many open files") == 1);
+    Client running(server);  // for whom there is one, but not for another, who is not there yet
+    REQUIRE(wait_for([&] { return first_free() > before; }));
+    CHECK_FALSE(running.readable(200ms));
+    running.send(get_bytes("/gate"));
+    Client waiting(server);
+    waiting.send(get_bytes("/hello"));
+    CHECK_FALSE(waiting.readable(500ms));
+    CHECK(count(server.log(), "cannot accept") > 1);
+    CHECK(count(server.log(), "cannot accept") < 10);
+    REQUIRE(::prlimit(worker, RLIMIT_NOFILE, &ample, nullptr) == 0);
+    open_gate(server);
+    CHECK(Reply(running.read_all()).body == "through");
+    CHECK(Reply(waiting.read_all()).body == "hello");
+}
+
 TEST_CASE("floods cost bounded time, no descriptor, no memory, and no processor time afterwards") {
     raise_descriptors();
     Server server(kTools + kHold, {"-w", "2"});
@@ -7250,6 +7284,24 @@ TEST_CASE("USR1 moves both logs, and what the application prints, to new files")
     for (int i = 0; i < 6; ++i) { CHECK(request(port, get_bytes("/three")).body == "ok"); }
     REQUIRE(::rename((dir.path + "-gone").c_str(), dir.path.c_str()) == 0);
     CHECK_FALSE(contains(read_file(errors + ".1"), "/two"));
+}
+
+TEST_CASE("USR1 moves what an application prints that is still being loaded") {
+    const TempDir dir;
+    const string errors = dir.path + "/errors", old = errors + ".1";
+    const string wait = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)\n";
+    const Server server(wait + kTalkative, {"-w", "1", "--error-logfile", errors}, {}, false);
+    REQUIRE(wait_for([&] { return server.runners().size() == 1; }));
+    REQUIRE(::rename(errors.c_str(), old.c_str()) == 0);
+    server.signal(SIGUSR1);
+    const auto moved = [&](pid_t pid) {
+        return !contains(output_of("ls -l /proc/" + to_string(pid) + "/fd"), old);
+    };
+    REQUIRE(wait_for([&] { return moved(server.workers()[0]); }));
+    open_gate(server);
+    CHECK(wait_for([&] { return moved(server.runners()[0]); }));
+    CHECK(request(port_in(read_file(old)), get_bytes("/late")).body == "ok");
+    CHECK(contains(read_file(errors), "printed /late"));
 }
 
 TEST_CASE("an access log that takes no more is told of, once") {
@@ -8291,7 +8343,7 @@ def echo(environ, start_response):
         clients[i].send(cases[i].first.substr(cases[i].first.find('\n') + 1));
     }
     Client late(server);
-    late.send("GET /echo HT");
+    late.send("GET /late HTTP/1.1\r\nHost");
     const Time begun = Clock::now();
     CHECK(wait_for([&] { return unread(server.port()) == 0; }));
     for (int generation = 2; generation <= 3; ++generation) {  // the second time one goes on twice
@@ -8313,6 +8365,7 @@ def echo(environ, start_response):
         CHECK(Reply(clients[i].read_all()).body == "v3 " + cases[i].expected);
     }
     CHECK(Reply(late.read_all()).status == 408);  // its clock went on
+    CHECK(server.log_has("took too long: GET /late HTTP/1.1"));
     CHECK(seconds_since(begun) > 5.5);
     CHECK(seconds_since(begun) < 6.5);
 }
