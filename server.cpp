@@ -2436,7 +2436,7 @@ public:
 private:
     // --- life -------------------------------------------------------------------------------
 
-    /// After the fork: signals, another user, the first heartbeat, the first runner.
+    /// After the fork: signals, another user, the first runner.
     Error init_process() {
         log(Level::Info, "Booting worker with pid: " + to_string(::getpid()));
         set_title(config_, "worker");
@@ -2446,7 +2446,6 @@ private:
         block_signals(false);
         if (Error error = drop_privileges(config_)) { return error; }
         ::srandom(static_cast<unsigned>(::getpid()));
-        notify();
         return boot_runner();
     }
 

@@ -4543,6 +4543,9 @@ TEST_CASE("the standard error log is still stderr after a HUP, and logs are open
     CHECK(count(server.log(), "Booting worker with pid: ") == 2);
     CHECK(get(server, "/new").status == 200);
     CHECK(server.access_has("GET /new"));
+    server.signal(SIGUSR1);
+    CHECK(server.log_has("Handling signal: usr1"));
+    CHECK_FALSE(wait_for([&] { return exists(server.dir.path + "/-"); }, 300ms));
 }
 
 // --- processes: the arbiter, its workers and runners ------------------------
@@ -6175,6 +6178,17 @@ def slow(environ, start_response):
     CHECK_FALSE(contains(server.log(), "[ERROR]"));
 }
 
+TEST_CASE("a request with a large body that a runner dies over is not run again") {
+    const Server server(kTools, {"-w", "1"});
+    Client victim(server);
+    victim.send(post_bytes("/gate", string(200000, 'x'), false));
+    REQUIRE(wait_file(server, "at_gate"));
+    ::kill(server.runners()[0], SIGKILL);
+    CHECK(Reply(victim.read_all()).status == 502);
+    CHECK(get(server, "/hello").body == "hello");
+    CHECK(read_file(server.dir.path + "/at_gate") == "x");
+}
+
 TEST_CASE("a runner that closes its pipe and stays is ended, and its client gets 502") {
     const Server server("", {"-w", "1", "--runner",
                              "sh -c 'printf 0:,; head -c 1 >/dev/null; exec sleep 600 >&-'"});
@@ -7416,6 +7430,7 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
     write_file(target, "");
     REQUIRE(::link(target.c_str(), hard.c_str()) == 0);
     for (const string& made : {theirs, root}) { REQUIRE(::mkdir(made.c_str(), 0755) == 0); }
+    REQUIRE(::link(target.c_str(), (theirs + "/hard").c_str()) == 0);
     REQUIRE(::chown(theirs.c_str(), nobody.pw_uid, group) == 0);
     REQUIRE(::symlink(target.c_str(), (theirs + "/link").c_str()) == 0);
     REQUIRE(::symlink(root.c_str(), (theirs + "/logs").c_str()) == 0);
@@ -7425,10 +7440,9 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
     const struct {
         string log;
         int code;  // 4: accepted, but the application cannot be loaded
-    } logs[] = {{theirs + "/link", 1},       {theirs + "/logs/log", 1},
-                {theirs + "/fifo", 1},       {root + "/link", 1},
-                {dir.path + "/logs/log", 1}, {theirs + "/log", 4},
-                {root + "/log", 4},          {hard, 4}};
+    } logs[] = {{theirs + "/link", 1},       {theirs + "/logs/log", 1}, {theirs + "/fifo", 1},
+                {root + "/link", 1},         {theirs + "/hard", 1},     {hard, 4},
+                {dir.path + "/logs/log", 1}, {theirs + "/log", 4},      {root + "/log", 4}};
     for (const auto& row : logs) {  // what the user could lead a log to stays root's
         CAPTURE(row.log);
         for (const string option : {"--error-logfile", "--access-logfile"}) {
