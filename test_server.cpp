@@ -3538,8 +3538,10 @@ TEST_CASE("headers go out with the first non-empty item, and can be replaced unt
         "def gen():\n    start('200 OK', [])\n    yield b''\n    1 / 0\n"
         "out = gen()";
     check_error_page(answer(server, fails, "zerodivisionerror"), 500);
-    const string listed = "start('200 OK', [])\ntry:\n    1 / 0\nexcept Exception:\n    " + again;
-    CHECK(answer(server, listed).status == 503);
+    for (const string nothing : {"start('200 OK', [])\n", "start('200 OK', [])(b'')\n"}) {
+        const string error = nothing + "try:\n    1 / 0\nexcept Exception:\n    " + again;
+        CHECK(answer(server, error).status == 503);
+    }
 
     const Reply late = answer(server, replaced(full_item), "keyerror: 'ouch'");
     CHECK(late.status == 200);
@@ -6570,25 +6572,33 @@ TEST_CASE("an idle server sleeps") {
 }
 
 TEST_CASE("an application that goes on after its client left ends in peace at a graceful stop") {
-    Server server(R"py(
-import atexit, time
-atexit.register(lambda: open("left", "w").close())
-def app(environ, start_response):
-    open("running", "w").close()
-    time.sleep(0.7)
-    start_response("200 OK", [])
-    return [b"ok"]
-)py",
-                  {"-w", "1"});
-    Client client(server);
-    client.send("GET / HTTP/1.1\r\n\r\n");
-    REQUIRE(wait_for([&] { return exists(server.dir.path + "/running"); }));
-    client.reset();
-    REQUIRE(server.access_has(" 499 "));
-    server.signal(SIGTERM);
-    REQUIRE(server.wait_end());
-    CHECK(exists(server.dir.path + "/left"));
-    CHECK_FALSE(contains(server.log(), "protocol"));
+    const string app = kTools + R"py(
+import atexit
+atexit.register(mark, "left")
+
+def long(environ, start_response):
+    mark("running")
+    time.sleep(float(environ["QUERY_STRING"]))
+    mark("done")
+    return reply(start_response, "ok")
+)py";
+    for (const size_t threads : {size_t{1}, size_t{2}}) {
+        CAPTURE(threads);
+        Server server(app, {"-w", "1", "--threads", to_string(threads)});
+        vector<Client> clients;
+        for (size_t i = 0; i < threads; ++i) {
+            clients.emplace_back(server);
+            clients.back().send(get_bytes(i == 0 ? "/long?0.5" : "/long?1"));
+        }
+        REQUIRE(wait_file(server, "running", threads));
+        for (Client& client : clients) { client.reset(); }
+        REQUIRE(wait_for([&] { return count(server.access(), " 499 ") == threads; }));
+        server.signal(SIGTERM);
+        REQUIRE(server.wait_end());
+        CHECK(read_file(server.dir.path + "/left") == "x");
+        CHECK(read_file(server.dir.path + "/done") == string(threads, 'x'));
+        CHECK_FALSE(contains(server.log(), "protocol"));
+    }
 }
 
 TEST_CASE("a runner that answers without reading the body, and ends, has answered") {
