@@ -1972,7 +1972,7 @@ class Slot:
                     if self.client_gone():
                         break
                     if item != b"": self.write(response.frame([item]))
-                parts = [] if response.started else response.frame([])
+                parts = response.frame([])
             if hasattr(items, "close"):  # for which the client need not wait
                 self.end(response, parts, b"0:;")
                 parts = []
@@ -3219,7 +3219,8 @@ private:
         for (Event event; (event = slot.reader.next(in, piece)) != Event::NeedMore;) {
             const bool last = event == Event::End || event == Event::Failed;
             const bool behind = last && !in.empty() && slot.turns.size() < 2;
-            if (event == Event::Bad || behind || (!slot.busy() && event != Event::End)) {
+            const bool stray = event != Event::End || slot.runner->phase == Phase::Serving;
+            if (event == Event::Bad || behind || (!slot.busy() && stray)) {
                 log(Level::Error,
                     "Runner (pid:" + to_string(slot.runner->pid) + ") broke the protocol");
                 lose_slot(slot);

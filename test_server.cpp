@@ -3552,9 +3552,11 @@ TEST_CASE("headers go out with the first non-empty item, and can be replaced unt
                                  "out = [b'c']");
     CHECK(written.body == "abc");
     CHECK(written.whole);
+    CHECK(answer(server, "start('200 OK', [])(b'all'); out = []").body == "all");
     const Reply nothing = answer(server, "start('200 OK', []); out = iter([])");
     CHECK(nothing.status == 200);
     CHECK(nothing.whole);
+    CHECK_FALSE(contains(server.log(), "broke the protocol"));
 }
 
 TEST_CASE("a response that is too short or breaks off is visibly cut, one too long is cut to it") {
