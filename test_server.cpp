@@ -8487,6 +8487,15 @@ def versions(environ, start_response):
     CHECK(becomes("4 2 -"));
 }
 
+TEST_CASE("with --reload a file that the application has loaded is listed once") {
+    const Server server(kTools, {"-w", "1", "--reload"});
+    const string list = "find -L /proc/" + to_string(server.workers()[0]) +
+                        "/fd -type f -links 0 -exec cat {} + | tr '\\0' '\\n'";
+    CHECK(count(output_of(list), "/app.py") == 1);
+    for (int i = 0; i < 10; ++i) { CHECK(get(server, "/hello").body == "hello"); }
+    CHECK(count(output_of(list), "/app.py") == 1);
+}
+
 TEST_CASE("with --reload an application that does not load waits until one of its files changes") {
     Server server("app = no_such_name\n", {"--reload", "-t", "1"}, {}, false);
     CHECK(server.log_has("NameError"));
