@@ -2735,10 +2735,11 @@ private:
 #endif
         const bool short_of =
             errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM;
-        if (!fd && !short_of) { return !would_block(); }      // or what ails one connection
-        if (!fd && !is_ready(listener.fd)) { return false; }  // it says so where nobody waits, too
+        if (!fd && !short_of) { return !would_block(); }  // or what ails one connection
         if (!fd) {
-            log(Level::Error, os_error("cannot accept").text), shed();
+            const Error error = os_error("cannot accept");
+            if (!is_ready(listener.fd)) { return false; }  // it says so where nobody waits, too
+            log(Level::Error, error.text), shed();
             return accept_again_ = now_ + kTick, false;
         }
         if (full) { drop(*victim); }
