@@ -8396,6 +8396,23 @@ def echo(environ, start_response):
     CHECK(seconds_since(begun) < 6.5);
 }
 
+TEST_CASE("a reload that another overtakes leaves no worker with what it had loaded") {
+    const auto version = [](size_t n) {
+        return kTools + "mark('loading')\ntime.sleep(0.5)\ndef show(environ, start_response):\n" +
+               "    return reply(start_response, 'v" + to_string(n) + "')  # " + string(n, '.');
+    };
+    const Server server(version(1));
+    REQUIRE(server.wait_ready_workers(2));
+    for (const size_t n : {size_t{2}, size_t{3}}) {
+        write_file(server.dir.path + "/app.py", version(n));
+        server.signal(SIGHUP);
+        REQUIRE(wait_file(server, "loading", n + 1));
+    }
+    CHECK(wait_for([&] { return count(server.log(), "Worker exiting") == 3; }));
+    CHECK(server.workers().size() == 2);
+    CHECK_FALSE(wait_for([&] { return get(server, "/show").body != "v3"; }, 300ms));
+}
+
 TEST_CASE("a worker takes over unfinished requests though its runner is busy") {
     Server server(kTools, {"--header-timeout", "2"});
     REQUIRE(server.wait_ready_workers(2));
