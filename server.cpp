@@ -2151,7 +2151,7 @@ struct Slot {
     size_t ahead_limit = 0;   // how many these may be: about kAhead of work
     size_t ahead_bytes = kPiece;  // bytes that each may have
     Time since{};                 // when the request went out
-    Time deadline{};              // to hear of it again
+    Time deadline{};              // to hear of it again, or that the application is loaded
 
     const Pair& pipe_of(size_t turn) const { return pipes[(index + turn) % pipes.size()]; }
     const Fd& pipe() const { return pipes[index].second; }
@@ -2637,6 +2637,13 @@ private:
             if (slot.busy() && now_ >= slot.deadline) { hung_app(slot); }
         });
         for (Runner& runner : runners_) {
+            Time& late = runner.slots[0].deadline;
+            if (runner.phase == Phase::Booting && now_ >= late) {
+                late = Time::max();
+                log(Level::Warning, "The application still loads after " +
+                                        get<&Config::timeout>(config_) +
+                                        " s (pid:" + to_string(runner.pid) + ")");
+            }
             const auto awaited = [](const Slot& slot) { return slot.current() != nullptr; };
             const bool over = runner.phase == Phase::Hung && !find(runner.slots, awaited);
             if (over || now_ >= runner.kill_at) { end_runner(runner); }
@@ -3569,6 +3576,7 @@ private:
             restart_at_ = now_ + 1s;
             return error;
         }
+        runner.slots[0].deadline = patience(now_);
         feed_runner(runner.slots[0]);
         const int jitter = config_.max_requests_jitter;
         const int extra = jitter > 0 ? static_cast<int>(::random() % (jitter + 1L)) : 0;

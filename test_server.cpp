@@ -4801,6 +4801,19 @@ TEST_CASE("a stop works while the application is still being imported") {
     }
 }
 
+TEST_CASE("an application that takes longer than --timeout to load is told of, and served then") {
+    Server server(kTools + "wait('go')\n", {"-w", "1", "-t", "1"}, {}, false);
+    REQUIRE(server.log_has("The application still loads after 1 s"));
+    const vector<pid_t> runners = server.runners();
+    REQUIRE(runners.size() == 1);
+    CHECK(contains(server.log(), "(pid:" + to_string(runners[0]) + ")"));
+    open_gate(server);
+    REQUIRE(server.wait_ready_workers(1));
+    CHECK(get(server, "/hello").body == "hello");
+    CHECK(server.runners() == runners);
+    CHECK(count(server.log(), "still loads") == 1);
+}
+
 TEST_CASE("a server whose first workers cannot boot ends, and says why") {
     struct Row {
         const char *title, *app;
