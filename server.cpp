@@ -2522,7 +2522,7 @@ private:
         show_title();
         const Time until = prepare(reads, writes);
         wait_ready(max_fd_, reads, writes, all ? until : std::min(until, look_again_));
-        now_ = Clock::now();
+        const Time woken = now_ = Clock::now();
         if (all) { look_again_ = now_ + kColdDelay; }
         const auto is_set = [](const Fd& fd, const fd_set& set) {
             return fd && FD_ISSET(fd.get(), &set);
@@ -2541,15 +2541,24 @@ private:
             if (readable && c->state != State::Done) { read_client(*c); }
             settle(*c);
         }
-        for (const Listener& each : listeners_) {
-            if (!has_idle_slot() && is_set(each.fd, reads)) { accept_clients(); }
-        }
+        const auto calls = [&](const Listener& each) { return is_set(each.fd, reads); };
+        const bool called = find(listeners_, calls) != nullptr;
+        if (called && !has_idle_slot()) { accept_clients(); }
         each_slot([this](Slot& slot) {
             if (now_ >= take_back_at(slot)) { take_back(slot); }
         });
         run_requests();
+        if (called && last_accept_ < woken) { came_too_late(woken); }
         pass_on();
         if (now_ >= next_tick_) { tick(); }
+    }
+
+    /// Another worker was quicker. Who comes too late twice within a millisecond is not needed, and
+    /// leaves connections to the others for a while: to wake for each of them costs more.
+    void came_too_late(Time woken) {
+        if (woken < std::exchange(lost_at_, woken) + kAhead) {
+            accept_again_ = woken + kAcceptDelay;
+        }
     }
 
     /// What ps tells of this process while it sleeps; query strings are nobody's business.
@@ -2591,7 +2600,7 @@ private:
     }
 
     /// Gives the runners as much work as they may have, and goes on without select() while they
-    /// answer at once: to yield the processor, three times if need be, is cheaper than to sleep.
+    /// answer at once: to yield the processor, a few times if need be, is cheaper than to sleep.
     void run_requests() {
         for (int round = 0; round < 8; ++round) {
             if (std::exchange(look_, false)) { take_from_queue(); }
@@ -2601,7 +2610,8 @@ private:
             each_slot([&](Slot& each) { slot = each.busy() && each.since == now_ ? &each : slot; });
             if (slot == nullptr) { return; }
             bool heard = false;
-            for (int tries = 0; tries < 3 && slot->from && !heard; ++tries) {
+            const int most = connected_ > 1 ? 3 : 40;  // one client: nothing else to do
+            for (int tries = 0; tries < most && slot->from && !heard; ++tries) {
                 ::sched_yield();
                 now_ = Clock::now();
                 heard = read_runner(*slot);
@@ -2760,7 +2770,7 @@ private:
         if (listener.wildcard) {
             address_text(socket_name(c->socket.get()), c->ends.server, c->ends.server_port);
         }
-        c->accepted = now_;
+        last_accept_ = c->accepted = now_;
         set_state(*c, State::ReadHead);
         read_client(*c);
         settle(*c);
@@ -3604,7 +3614,8 @@ private:
     fd_set hot_{}, fresh_{};     // of reads_: about whom there was news lately; since the last tick
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_;
-    Time last_begin_ = now_;                             // when a request went out last
+    Time last_begin_ = now_;          // when a request went out last
+    Time last_accept_{}, lost_at_{};  // when a client came in last; when one was taken by others
     std::pair<const Slot*, Time> shown_{nullptr, now_};  // by show_title(), and when that began
     char replies_[kMaxMessage];  // from the runner; while they are read, buffer_ may be used
     char buffer_[kMaxMessage];   // from a client or the ready queue

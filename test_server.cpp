@@ -5257,6 +5257,7 @@ TEST_CASE("nobody waits for a busy runner while another is idle") {
         early.emplace_back(server);
         early.back().send("GET /hello HTTP/1.1\r\nHo");
     }
+    for (int i = 0; i < 200; ++i) { CHECK(get(server, "/hello").body == "hello"); }  // to the same
     Client slow(server);
     slow.send(get_bytes("/gate"));  // until all others have been answered
     REQUIRE(wait_file(server, "at_gate"));
