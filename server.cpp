@@ -2178,6 +2178,8 @@ struct Runner {
     std::vector<int64_t> watched;  // and when these were modified
     int64_t started = 0;           // before it loaded any, on the clock of files
 
+    string name() const { return "Runner (pid:" + to_string(pid) + ") "; }  // for logs
+
     bool busy() const {
         return find(slots, [](const Slot& slot) { return slot.busy(); }) != nullptr;
     }
@@ -2541,8 +2543,8 @@ private:
             if (readable && c->state != State::Done) { read_client(*c); }
             settle(*c);
         }
-        const auto calls = [&](const Listener& each) { return is_set(each.fd, reads); };
-        const bool called = find(listeners_, calls) != nullptr;
+        bool called = false;
+        for (const Listener& each : listeners_) { called = called || is_set(each.fd, reads); }
         if (called && !has_idle_slot()) { accept_clients(); }
         each_slot([this](Slot& slot) {
             if (now_ >= take_back_at(slot)) { take_back(slot); }
@@ -2650,9 +2652,7 @@ private:
             Time& late = runner.slots[0].deadline;
             if (runner.phase == Phase::Booting && now_ >= late) {
                 late = Time::max();
-                log(Level::Warning, "The application still loads after " +
-                                        get<&Config::timeout>(config_) +
-                                        " s (pid:" + to_string(runner.pid) + ")");
+                log(Level::Warning, runner.name() + "still loads the application");
             }
             const auto awaited = [](const Slot& slot) { return slot.current() != nullptr; };
             const bool over = runner.phase == Phase::Hung && !find(runner.slots, awaited);
@@ -2712,7 +2712,7 @@ private:
             case State::Ready: return refuse(c, {503, "no runner was to be had"});
             case State::Reply:
                 if (c.out.size() == 0) { return set_state(c, State::Reply); }
-                log(Level::Info, "The client took nothing: " + escape(c.request_line()));
+                log_about(c, Level::Info, "The client took nothing");
                 return client_gone(c);
             case State::Linger: return set_state(c, State::Done);
             case State::Run:
@@ -2925,9 +2925,8 @@ private:
 
     /// Answers in the server's own name, whatever became of the request.
     void refuse(Connection& c, const Error& error) {
-        log(error.code < 500 ? Level::Warning : Level::Error, to_string(error.code) + " to " +
-                                                                  c.ends.peer + ": " + error.text +
-                                                                  ": " + escape(c.request_line()));
+        log_about(c, error.code < 500 ? Level::Warning : Level::Error,
+                  to_string(error.code) + " to " + c.ends.peer + ": " + error.text);
         const Request& request = c.parser.request;  // perhaps only part of one
         c.minor = std::max(c.minor, request.minor);
         c.bodyless = c.bodyless || request.method == "HEAD";
@@ -2988,6 +2987,10 @@ private:
             if (Turn* turn = find(slot.turns, mine)) { forget_client(*turn); }  // it has begun
         });
         set_state(c, State::Done);
+    }
+
+    static void log_about(const Connection& c, Level level, const string& what) {
+        log(level, what + ": " + escape(c.request_line()));
     }
 
     void write_access(const Connection& c, int status) {
@@ -3239,8 +3242,7 @@ private:
             const bool behind = last && !in.empty() && slot.turns.size() < 2;
             const bool stray = event != Event::End || slot.runner->phase == Phase::Serving;
             if (event == Event::Bad || behind || (!slot.busy() && stray)) {
-                log(Level::Error,
-                    "Runner (pid:" + to_string(slot.runner->pid) + ") broke the protocol");
+                log(Level::Error, slot.runner->name() + "broke the protocol");
                 lose_slot(slot);
                 return end_runner(*slot.runner), false;
             }
@@ -3271,8 +3273,7 @@ private:
             return settle(c);
         }
         if (!r.dropped.empty()) {
-            log(Level::Warning, "Dropped what the application may not set: " + r.dropped + ": " +
-                                    escape(c.request_line()));
+            log_about(c, Level::Warning, "Dropped what the application may not set: " + r.dropped);
         }
         c.bodyless = c.bodyless || r.status == 204 || r.status == 304;
         c.left = c.bodyless ? -1 : r.length;
@@ -3291,8 +3292,7 @@ private:
             const string_view fits = piece.substr(0, static_cast<size_t>(c.left));
             c.left -= static_cast<int64_t>(fits.size());
             if (fits.size() < piece.size() && !std::exchange(c.too_long, true)) {
-                log(Level::Error,
-                    "The response is longer than its Content-Length: " + escape(c.request_line()));
+                log_about(c, Level::Error, "The response is longer than its Content-Length");
             }
             piece = fits;
         }
@@ -3366,11 +3366,8 @@ private:
         feed_runner(slot);  // what lies ahead is the runner's before this client has its response
         if (c == nullptr) { return; }
         const bool cut = good && c->left > 0;
-        if (!good || cut) {
-            log(Level::Error, (cut ? "The response is shorter than its Content-Length: "
-                                   : "Error handling request: ") +
-                                  escape(c->request_line()));
-        }
+        if (!good) { log_about(*c, Level::Error, "Error handling request"); }
+        if (cut) { log_about(*c, Level::Error, "The response is shorter than its Content-Length"); }
         if (good && c->chunked) { c->out.append("0\r\n\r\n", kReplyMemory); }
         end_response(*c, good && !cut, {500, "the application failed"});
     }
@@ -3523,7 +3520,7 @@ private:
         }
         const bool expected = retired && status == 0;
         if ((has_work() && !expected) || (status != 0 && runner.signal == 0)) {
-            log(Level::Error, "Runner (pid:" + to_string(runner.pid) + ") " + exit_text(status) +
+            log(Level::Error, runner.name() + exit_text(status) +
                                   (runner.signal != 0 ? ", sent by this server" : "") + lines);
         }
         for (Connection* c : lost) { end_response(*c, false, {502, "the runner died"}); }
