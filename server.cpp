@@ -3518,8 +3518,7 @@ private:
                 (lines += lines.empty() ? ": " : ", ") += escape(request_line(turn));
             }
         }
-        const bool expected = retired && status == 0;
-        if ((has_work() && !expected) || (status != 0 && runner.signal == 0)) {
+        if ((has_work() && !retired) || (status != 0 && runner.signal == 0)) {
             log(Level::Error, runner.name() + exit_text(status) +
                                   (runner.signal != 0 ? ", sent by this server" : "") + lines);
         }

@@ -3836,6 +3836,10 @@ TEST_CASE("the access log has gunicorn's format, also for refusals, and is off b
     CHECK(quiet.access() == "");
     CHECK_FALSE(contains(quiet.log(), "GET /"));
 
+    const Server timed(kHello, {"-w", "1", "--access-logformat", "%(s)s %(T)s"});
+    CHECK(request(timed.port(), "GET\r\n\r\n").status == 400);
+    CHECK(wait_for([&] { return timed.access() == "400 0\n"; }));  // from the connection on
+
     const Server to_stdout(kHello,
                            {"-w", "1", "--access-logfile", "-", "--access-logformat=%(s)s!"});
     CHECK(get(to_stdout).status == 200);
@@ -7670,6 +7674,20 @@ atexit.register(mark, "left")
     CHECK(server.log_has("SyntaxError"));
     CHECK(get(server, "/once?last").body == "ok");
     CHECK(server.workers() == workers);
+}
+
+TEST_CASE("a runner that has been succeeded and does not end well is told of") {
+    const vector<vector<string> > rows = {
+        {"os._exit(5)", "exited with status 5"},
+        {"time.sleep(60)", "was ended by signal 9 (Killed), sent by this server"}};
+    for (const vector<string>& row : rows) {
+        Server server(kTools + "import atexit\natexit.register(lambda: " + row[0] + ")\n",
+                      {"-w", "1", "--max-requests", "1", "--graceful-timeout", "1"});
+        const vector<pid_t> runners = server.runners();
+        REQUIRE(runners.size() == 1);
+        CHECK(get(server, "/hello").body == "hello");
+        CHECK(server.log_has("Runner (pid:" + to_string(runners[0]) + ") " + row[1]));
+    }
 }
 
 // --- threads --------------------------------------------------------------------------------
