@@ -6871,7 +6871,7 @@ def down(environ, start_response):
     upload.send("POST /hello HTTP/1.1\r\nContent-Length: 4000000\r\n\r\n");
     upload.send(string(4000000, 'x'));
     CHECK(Reply(upload.read_all()).status == 507);
-    CHECK(server.log_has("507 to 127.0.0.1: no room on disk for the body: File too large"));
+    CHECK(server.log_has("[ERROR] 507 to 127.0.0.1: no room on disk for the body: File too large"));
     CHECK(server.access_has("POST /hello HTTP/1.1\" 507 "));
     Client reader(server);
     reader.send(get_bytes("/down"));
@@ -7233,7 +7233,7 @@ TEST_CASE("behind a proxy that speaks the PROXY protocol the client is who it sa
     CHECK(exchange(Client(server), "PROXY TCP4 x y 1 2\r\n" + request_bytes).status == 400);
     CHECK(exchange(Client(server), v1 + v1 + request_bytes).status == 400);
     CHECK(exchange(Client(strict), v1 + request_bytes).status == 403);
-    CHECK(strict.log_has("403 to 127.0.0.1: "));  // and not to whom the header names
+    CHECK(strict.log_has("[WARNING] 403 to 127.0.0.1: "));  // and not to whom the header names
     const Reply plain = exchange(Client(strict), request_bytes);
     CHECK(has_line(plain.body, "wsgi.url_scheme=http"));  // whatever address a header might name
     Client probe(server);  // a health check: the header, and nothing else
