@@ -4805,6 +4805,28 @@ TEST_CASE("a stop works while the application is still being imported") {
     }
 }
 
+TEST_CASE("-t 0 is no limit: neither for the application, nor for a body, nor for a worker") {
+    Server server(kTools + R"py(
+
+def echo(environ, start_response):
+    return reply(start_response, environ["wsgi.input"].read())
+)py",
+                  {"-t", "0"});
+    REQUIRE(server.wait_ready_workers(2));
+    const vector<pid_t> workers = server.workers();
+    Client slow(server), body(server);
+    slow.send(get_bytes("/gate"));
+    body.send("POST /echo HTTP/1.1\r\nContent-Length: 4\r\n\r\nbo");
+    REQUIRE(wait_file(server, "at_gate"));
+    CHECK_FALSE(slow.readable(1200ms));
+    CHECK_FALSE(body.readable(0ms));
+    open_gate(server);
+    body.send("dy");
+    CHECK(Reply(slow.read_all()).body == "through");
+    CHECK(Reply(body.read_all()).body == "body");
+    CHECK(server.workers() == workers);
+}
+
 TEST_CASE("an application that takes longer than --timeout to load is told of, and served then") {
     Server server(kTools + "wait('go')\n", {"-w", "1", "-t", "1"}, {}, false);
     REQUIRE(server.log_has("still loads the application"));
