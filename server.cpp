@@ -81,11 +81,8 @@ namespace {
 //  select loop most failures are one connection's everyday result. Deadlines come from the
 //  steady clock alone; the wall clock is for people.
 // ============================================================================
-using std::string;
-using std::string_view;
-using std::to_string;
-using std::chrono::microseconds;
-using std::chrono::seconds;
+using std::string, std::string_view, std::to_string;
+using std::chrono::microseconds, std::chrono::seconds;
 using namespace std::chrono_literals;
 using Clock = std::chrono::steady_clock;
 using Time = Clock::time_point;
