@@ -182,9 +182,7 @@ rlim_t set_soft_limit(rlim_t wanted) {
     return before;
 }
 
-struct Pair {
-    Fd first, second;  // of a pipe: first is read, second is written
-};
+using Pair = std::pair<Fd, Fd>;  // of a pipe: first is read, second is written
 
 /// Close-on-exec; blocking unless `nonblocking`.
 Error make_pipe(Pair& made, bool nonblocking = false) {
