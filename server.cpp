@@ -753,8 +753,7 @@ enum class Level { Debug, Info, Warning, Error, Critical };
 struct Logger {
     Fd error_file, access_file;
     Level level = Level::Info;  // lines below it are left out
-};
-Logger g_log;
+} g_log;
 
 string local_time(const char* format) {
     const time_t now = std::time(nullptr);
