@@ -1903,11 +1903,10 @@ class Slot:
 
     def netstring(self):
         while True:
-            colon = self.pending.find(b":") + 1
-            end = colon and colon + int(self.pending[:colon - 1])
-            if colon and len(self.pending) > end:
-                data, self.pending = self.pending, self.pending[end + 1:]
-                return data[colon:end]
+            size, colon, rest = self.pending.partition(b":")
+            if colon and len(rest) > int(size):
+                self.pending = rest[int(size) + 1:]
+                return rest[:int(size)]
             self.more()
 
     def take(self, size):
