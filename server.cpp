@@ -1296,7 +1296,7 @@ struct Request {
     string method, target, path, query, host;  // host: of an absolute target
     int minor = 0;                             // HTTP/1.minor, 0 or 1
     string fields;                             // an environ block; repeated ones are joined
-    string codings;                            // ",chunked": each behind a comma
+    string codings;                            // "chunked,": a comma behind each
     int64_t length = -1;                       // Content-Length; -1: none
     bool expect_continue = false;
     int https = 0, http = 0;  // fields of proxies that say it was, or was not
@@ -1520,7 +1520,7 @@ private:
             return good ? Error{} : Error{400, "not one good Content-Length"};
         }
         if (is("transfer-encoding")) {  // the decoded body has none (RFC 9112 section 7.1.3)
-            return (r.codings += ',') += value, Error{};
+            return (r.codings += value) += ',', Error{};
         }
         for (const auto& [proxy_field, yes] : kSecure) {
             if (is(proxy_field)) { ++(value == yes ? r.https : r.http); }
@@ -1549,7 +1549,7 @@ private:
         }
         at.left = std::max<int64_t>(r.length, 0);
         at.part = at.left > 0 ? Part::Data : Part::End;
-        return r.codings.empty() ? Error{} : take_codings(string_view(r.codings).substr(1));
+        return r.codings.empty() ? Error{} : take_codings(r.codings);
     }
 
     /// Exactly one `chunked`, on HTTP/1.1, without a Content-Length: all else is how requests are
@@ -1560,8 +1560,7 @@ private:
             return {400, "Transfer-Encoding beside Content-Length, or in HTTP/1.0"};
         }
         int codings = 0;
-        for (bool more = true; more; ++codings) {
-            more = value.find(',') != string::npos;
+        for (; !value.empty(); ++codings) {
             const string_view coding = trim(cut(value, ','));
             if (!is_token(coding) || at.chunked) { return {400, "not a Transfer-Encoding"}; }
             at.chunked = same_name(coding, "chunked");
