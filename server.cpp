@@ -2008,8 +2008,7 @@ def reopen(path):
     """Moves what is printed to the new error log."""
     try:
         with open(path, "ab", 0) as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
+            for fd in (1, 2): os.dup2(log.fileno(), fd)
     except OSError:
         report()
 
