@@ -5275,6 +5275,18 @@ TEST_CASE("after kill -9 of the arbiter another can start at once at the same ad
     CHECK(get(second).body == "hello\n");
 }
 
+TEST_CASE("a worker whose runner is busy accepts and refuses at all of its addresses") {
+    Server server(kTools, {"-w", "1", "-b", "127.0.0.1:0", "-b", "127.0.0.1:0"});
+    Client busy(server);
+    busy.send(get_bytes("/gate"));
+    REQUIRE(wait_file(server, "at_gate"));
+    for (const size_t i : {0u, 1u}) {
+        CHECK(request(server.port(i), "no request\r\n\r\n").status == 400);
+    }
+    open_gate(server);
+    CHECK(Reply(busy.read_all()).body == "through");
+}
+
 TEST_CASE("nobody waits for a busy runner while another is idle") {
     Server server(kTools);
     REQUIRE(server.wait_ready_workers(2));
