@@ -1623,7 +1623,7 @@ Parse take_proxy_v1(string_view& in, Endpoints& ends) {
     int64_t number = 0;
     for (const string_view address : {peer, server}) {
         Network network;
-        const bool plain = address.find('/') == string::npos;
+        const bool plain = address.find_first_of("/\0", 0, 2) == string::npos;  // C stops at NUL
         if (!plain || !parse_network(address, network) || network.v6 != v6) { return Parse::Bad; }
     }
     for (const string_view text : {line, port}) {

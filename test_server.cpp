@@ -72,7 +72,8 @@ void proxy_headers(string_view bytes) {
     }
     require(parsed == expected && whole.peer == parts.peer && whole.peer_port == parts.peer_port);
     Network network;
-    require(whole.peer.empty() || parse_network(whole.peer, network));
+    require(whole.peer.empty() ||
+            (is_made_of(whole.peer, ".:") && parse_network(whole.peer, network)));
 }
 
 /// What is accepted of an application's head goes out as lines of one kind only.
@@ -7197,6 +7198,9 @@ TEST_CASE("a PROXY header names the client, or is refused, whole or byte by byte
         {"the wrong family", "PROXY TCP6 10.0.0.7 127.0.0.1 12345 80\r\n", Parse::Bad},
         {"a bad address", "PROXY TCP4 10.0.0.777 127.0.0.1 12345 80\r\n", Parse::Bad},
         {"a network", "PROXY TCP4 10.0.0.0/8 127.0.0.1 12345 80\r\n", Parse::Bad},
+        {"a NUL and a variable", "PROXY TCP4 10.0.0.7\0HTTP_X\0y 127.0.0.1 12345 80\r\n"s,
+         Parse::Bad},
+        {"a NUL in the destination", "PROXY TCP4 10.0.0.7 127.0.0.1\0 12345 80\r\n"s, Parse::Bad},
         {"a bad destination", "PROXY TCP4 10.0.0.7 x 12345 80\r\n", Parse::Bad},
         {"a signed port", "PROXY TCP4 10.0.0.7 127.0.0.1 +1 80\r\n", Parse::Bad},
         {"a port too high", "PROXY TCP4 10.0.0.7 127.0.0.1 65536 80\r\n", Parse::Bad},
