@@ -2848,7 +2848,7 @@ private:
         fresh = in;  // without the PROXY header
         while (started &&
                ((parsed = c.parser.next(in, piece)) == Parse::Head || parsed == Parse::Data)) {
-            parsed == Parse::Head ? take_head(c, !in.empty()) : c.body.append(piece, kPiece);
+            parsed == Parse::Head ? take_head(c) : c.body.append(piece, kPiece);
             if (c.state != State::ReadBody) { return; }
         }
         if (parsed == Parse::Bad) { return refuse(c, c.parser.error); }
@@ -2880,7 +2880,7 @@ private:
         return Parse::Head;
     }
 
-    void take_head(Connection& c, bool has_more) {
+    void take_head(Connection& c) {
         const Request& request = c.parser.request;
         c.minor = request.minor;
         c.bodyless = request.method == "HEAD";
@@ -2893,7 +2893,7 @@ private:
         release(c.taken);
         set_state(c, State::ReadBody);
         if (too_large(request.length)) { return refuse(c, {413, "the body is too large"}); }
-        if (request.expect_continue && !has_more && (c.parser.at.chunked || request.length > 0)) {
+        if (request.expect_continue && (c.parser.at.chunked || request.length > 0)) {
             c.out.append("HTTP/1.1 100 Continue\r\n\r\n", kReplyMemory);
             flush(c);
         }

@@ -3186,6 +3186,12 @@ TEST_CASE("100 Continue goes out after head and limits, to HTTP/1.1 only") {
     chunked.send("3\r\nabc\r\n0\r\n\r\n");
     CHECK(has_line(Reply(chunked.read_all()).body, "body=abc"));
 
+    Client at_once(server);
+    at_once.send(http("POST /", expect + "Content-Length: 3\r\n") + "abc");
+    const string both = at_once.read_all();
+    CHECK(both.substr(0, interim.size()) == interim);
+    CHECK(has_line(Reply(both.substr(interim.size())).body, "body=abc"));
+
     Client old(server);
     old.send("POST / HTTP/1.0\r\n" + expect + "Content-Length: 3\r\n\r\n");
     CHECK_FALSE(old.readable(100ms));
