@@ -66,7 +66,7 @@ fuzz-server: test_server.cpp server.cpp
 
 fuzz: test_server fuzz-server
 	mkdir -p .fuzz/seeds .fuzz/found
-	FUZZ_SEEDS=.fuzz/seeds ./test_server -tc='*request line*,*header fields*,*body*,*head*,*frames*,*atom*'
+	FUZZ_SEEDS=.fuzz/seeds ./test_server -ts=unit
 	./fuzz-server -max_total_time=$(FUZZ_TIME) -max_len=4096 -artifact_prefix=.fuzz/ .fuzz/found .fuzz/seeds
 
 clean:

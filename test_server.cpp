@@ -2615,6 +2615,88 @@ TEST_CASE("README.md has a row for every option, with its default") {
     }
 }
 
+/// A version 2 header of the PROXY protocol.
+string proxy_v2(char command, char family, const string& addresses) {
+    const char size[] = {static_cast<char>(addresses.size() / 256),
+                         static_cast<char>(addresses.size() % 256)};
+    return "\r\n\r\n\0\r\nQUIT\n"s + command + family + string(size, 2) + addresses;
+}
+
+TEST_CASE("a PROXY header names the client, or is refused, whole or byte by byte") {
+    const string v4 = "\x0a\0\0\x07\x7f\0\0\x01\x30\x39\0\x50"s;
+    const string v6 = string(15, '\0') + "\x01" + string(15, '\0') + "\x02\xff\xff\0\x50"s;
+    const struct {
+        const char* name;
+        string bytes;
+        Parse expected;
+        string peer = "-", port = "-";
+    } cases[] = {
+        {"version 1", "PROXY TCP4 10.0.0.7 127.0.0.1 12345 80\r\n", Parse::Done, "10.0.0.7",
+         "12345"},
+        {"IPv6", "PROXY TCP6 ::1 ::2 65535 80\r\n", Parse::Done, "::1", "65535"},
+        {"unknown", "PROXY UNKNOWN\r\n", Parse::Done},
+        {"unknown, with whatever", "PROXY UNKNOWN ffff:f...f:ffff a b c\r\n", Parse::Done},
+        {"a request", "GET / HTTP/1.1\r\n", Parse::Done},
+        {"a request that begins alike", "PROXX / HTTP/1.1\r\n", Parse::Done},
+        {"an empty line first", "\r\nGET / HTTP/1.1\r\n", Parse::Done},
+        {"another family", "PROXY UDP4 10.0.0.7 127.0.0.1 12345 80\r\n", Parse::Bad},
+        {"the wrong family", "PROXY TCP6 10.0.0.7 127.0.0.1 12345 80\r\n", Parse::Bad},
+        {"a bad address", "PROXY TCP4 10.0.0.777 127.0.0.1 12345 80\r\n", Parse::Bad},
+        {"a network", "PROXY TCP4 10.0.0.0/8 127.0.0.1 12345 80\r\n", Parse::Bad},
+        {"a NUL and a variable", "PROXY TCP4 10.0.0.7\0HTTP_X\0y 127.0.0.1 12345 80\r\n"s,
+         Parse::Bad},
+        {"a NUL in the destination", "PROXY TCP4 10.0.0.7 127.0.0.1\0 12345 80\r\n"s, Parse::Bad},
+        {"a bad destination", "PROXY TCP4 10.0.0.7 x 12345 80\r\n", Parse::Bad},
+        {"a signed port", "PROXY TCP4 10.0.0.7 127.0.0.1 +1 80\r\n", Parse::Bad},
+        {"a port too high", "PROXY TCP4 10.0.0.7 127.0.0.1 65536 80\r\n", Parse::Bad},
+        {"a destination port too high", "PROXY TCP4 10.0.0.7 127.0.0.1 1 65536\r\n", Parse::Bad},
+        {"a port missing", "PROXY TCP4 10.0.0.7 127.0.0.1 12345\r\n", Parse::Bad},
+        {"a word more", "PROXY TCP4 10.0.0.7 127.0.0.1 12345 80 90\r\n", Parse::Bad},
+        {"two blanks", "PROXY TCP4  10.0.0.7 127.0.0.1 12345 80\r\n", Parse::Bad},
+        {"nothing", "PROXY \r\n", Parse::Bad},
+        {"the end of no line", "PROXY UNKNOWN " + string(91, 'x') + "\r\n", Parse::Done},
+        {"too long", "PROXY UNKNOWN " + string(92, 'x') + "\r\n", Parse::Bad},
+        {"half of one", "PROXY TCP4 10.0", Parse::NeedMore},
+        {"version 2", proxy_v2('\x21', '\x11', v4), Parse::Done, "10.0.0.7", "12345"},
+        {"with more in it", proxy_v2('\x21', '\x11', v4 + "\x04\0\1x"s), Parse::Done, "10.0.0.7",
+         "12345"},
+        {"version 2, IPv6", proxy_v2('\x21', '\x21', v6), Parse::Done, "::1", "65535"},
+        {"LOCAL", proxy_v2('\x20', '\0', ""), Parse::Done},
+        {"LOCAL with addresses", proxy_v2('\x20', '\x11', v4), Parse::Done},
+        {"unspecified", proxy_v2('\x21', '\0', "abc"), Parse::Done},
+        {"unix sockets", proxy_v2('\x21', '\x31', string(216, 'x')), Parse::Done},
+        {"another version", proxy_v2('\x11', '\x11', v4), Parse::Bad},
+        {"another command", proxy_v2('\x22', '\x11', v4), Parse::Bad},
+        {"another family", proxy_v2('\x21', '\x41', v4), Parse::Bad},
+        {"another transport", proxy_v2('\x21', '\x13', v4), Parse::Bad},
+        {"addresses cut short", proxy_v2('\x21', '\x11', v4.substr(1)), Parse::Bad},
+        {"half of version 2", proxy_v2('\x21', '\x11', v4).substr(0, 20), Parse::NeedMore},
+        {"half of its start", "\r\n\r\n\0\r\n"s, Parse::NeedMore},
+    };
+    for (const auto& row : cases) {
+        CAPTURE(row.name);
+        const bool header =
+            row.bytes.substr(0, 5) == "PROXY" || row.bytes.substr(0, 4) == "\r\n\r\n";
+        seed(4, row.bytes);
+        for (const size_t step : {row.bytes.size(), size_t{1}}) {
+            Endpoints ends{"", "", "-", "-"};
+            Parse parsed = Parse::NeedMore;
+            size_t fed = 0, left = 0;
+            while (parsed == Parse::NeedMore && fed < row.bytes.size()) {
+                fed += step;
+                string_view in = string_view(row.bytes).substr(0, fed);
+                parsed = take_proxy_header(in, ends);
+                left = in.size();
+            }
+            CHECK(parsed == row.expected);
+            if (parsed != Parse::Done) { continue; }
+            CHECK(left == (header ? 0 : fed));
+            CHECK(ends.peer == row.peer);
+            CHECK(ends.peer_port == row.port);
+        }
+    }
+}
+
 TEST_SUITE_END();
 
 // --- requests: every sentence of the rules, at a real server ----------------
@@ -7173,87 +7255,6 @@ TEST_CASE("addresses are found in a list of addresses and networks") {
         CAPTURE(row.list);
         CAPTURE(row.address);
         CHECK(is_listed(Exact(row.list).view(), row.address) == row.listed);
-    }
-}
-
-/// A version 2 header of the PROXY protocol.
-string proxy_v2(char command, char family, const string& addresses) {
-    const char size[] = {static_cast<char>(addresses.size() / 256),
-                         static_cast<char>(addresses.size() % 256)};
-    return "\r\n\r\n\0\r\nQUIT\n"s + command + family + string(size, 2) + addresses;
-}
-
-TEST_CASE("a PROXY header names the client, or is refused, whole or byte by byte") {
-    const string v4 = "\x0a\0\0\x07\x7f\0\0\x01\x30\x39\0\x50"s;
-    const string v6 = string(15, '\0') + "\x01" + string(15, '\0') + "\x02\xff\xff\0\x50"s;
-    const struct {
-        const char* name;
-        string bytes;
-        Parse expected;
-        string peer = "-", port = "-";
-    } cases[] = {
-        {"version 1", "PROXY TCP4 10.0.0.7 127.0.0.1 12345 80\r\n", Parse::Done, "10.0.0.7",
-         "12345"},
-        {"IPv6", "PROXY TCP6 ::1 ::2 65535 80\r\n", Parse::Done, "::1", "65535"},
-        {"unknown", "PROXY UNKNOWN\r\n", Parse::Done},
-        {"unknown, with whatever", "PROXY UNKNOWN ffff:f...f:ffff a b c\r\n", Parse::Done},
-        {"a request", "GET / HTTP/1.1\r\n", Parse::Done},
-        {"a request that begins alike", "PROXX / HTTP/1.1\r\n", Parse::Done},
-        {"an empty line first", "\r\nGET / HTTP/1.1\r\n", Parse::Done},
-        {"another family", "PROXY UDP4 10.0.0.7 127.0.0.1 12345 80\r\n", Parse::Bad},
-        {"the wrong family", "PROXY TCP6 10.0.0.7 127.0.0.1 12345 80\r\n", Parse::Bad},
-        {"a bad address", "PROXY TCP4 10.0.0.777 127.0.0.1 12345 80\r\n", Parse::Bad},
-        {"a network", "PROXY TCP4 10.0.0.0/8 127.0.0.1 12345 80\r\n", Parse::Bad},
-        {"a NUL and a variable", "PROXY TCP4 10.0.0.7\0HTTP_X\0y 127.0.0.1 12345 80\r\n"s,
-         Parse::Bad},
-        {"a NUL in the destination", "PROXY TCP4 10.0.0.7 127.0.0.1\0 12345 80\r\n"s, Parse::Bad},
-        {"a bad destination", "PROXY TCP4 10.0.0.7 x 12345 80\r\n", Parse::Bad},
-        {"a signed port", "PROXY TCP4 10.0.0.7 127.0.0.1 +1 80\r\n", Parse::Bad},
-        {"a port too high", "PROXY TCP4 10.0.0.7 127.0.0.1 65536 80\r\n", Parse::Bad},
-        {"a destination port too high", "PROXY TCP4 10.0.0.7 127.0.0.1 1 65536\r\n", Parse::Bad},
-        {"a port missing", "PROXY TCP4 10.0.0.7 127.0.0.1 12345\r\n", Parse::Bad},
-        {"a word more", "PROXY TCP4 10.0.0.7 127.0.0.1 12345 80 90\r\n", Parse::Bad},
-        {"two blanks", "PROXY TCP4  10.0.0.7 127.0.0.1 12345 80\r\n", Parse::Bad},
-        {"nothing", "PROXY \r\n", Parse::Bad},
-        {"the end of no line", "PROXY UNKNOWN " + string(91, 'x') + "\r\n", Parse::Done},
-        {"too long", "PROXY UNKNOWN " + string(92, 'x') + "\r\n", Parse::Bad},
-        {"half of one", "PROXY TCP4 10.0", Parse::NeedMore},
-        {"version 2", proxy_v2('\x21', '\x11', v4), Parse::Done, "10.0.0.7", "12345"},
-        {"with more in it", proxy_v2('\x21', '\x11', v4 + "\x04\0\1x"s), Parse::Done, "10.0.0.7",
-         "12345"},
-        {"version 2, IPv6", proxy_v2('\x21', '\x21', v6), Parse::Done, "::1", "65535"},
-        {"LOCAL", proxy_v2('\x20', '\0', ""), Parse::Done},
-        {"LOCAL with addresses", proxy_v2('\x20', '\x11', v4), Parse::Done},
-        {"unspecified", proxy_v2('\x21', '\0', "abc"), Parse::Done},
-        {"unix sockets", proxy_v2('\x21', '\x31', string(216, 'x')), Parse::Done},
-        {"another version", proxy_v2('\x11', '\x11', v4), Parse::Bad},
-        {"another command", proxy_v2('\x22', '\x11', v4), Parse::Bad},
-        {"another family", proxy_v2('\x21', '\x41', v4), Parse::Bad},
-        {"another transport", proxy_v2('\x21', '\x13', v4), Parse::Bad},
-        {"addresses cut short", proxy_v2('\x21', '\x11', v4.substr(1)), Parse::Bad},
-        {"half of version 2", proxy_v2('\x21', '\x11', v4).substr(0, 20), Parse::NeedMore},
-        {"half of its start", "\r\n\r\n\0\r\n"s, Parse::NeedMore},
-    };
-    for (const auto& row : cases) {
-        CAPTURE(row.name);
-        const bool header =
-            row.bytes.substr(0, 5) == "PROXY" || row.bytes.substr(0, 4) == "\r\n\r\n";
-        for (const size_t step : {row.bytes.size(), size_t{1}}) {
-            Endpoints ends{"", "", "-", "-"};
-            Parse parsed = Parse::NeedMore;
-            size_t fed = 0, left = 0;
-            while (parsed == Parse::NeedMore && fed < row.bytes.size()) {
-                fed += step;
-                string_view in = string_view(row.bytes).substr(0, fed);
-                parsed = take_proxy_header(in, ends);
-                left = in.size();
-            }
-            CHECK(parsed == row.expected);
-            if (parsed != Parse::Done) { continue; }
-            CHECK(left == (header ? 0 : fed));
-            CHECK(ends.peer == row.peer);
-            CHECK(ends.peer_port == row.port);
-        }
     }
 }
 
