@@ -316,7 +316,8 @@ bool parse_network(string_view text, Network& network) {
     const int64_t most = network.bits = network.v6 ? 128 : 32;
     const bool whole = text.find('/') == string::npos;
     const string address(cut(text, '/'));
-    return ::inet_pton(network.v6 ? AF_INET6 : AF_INET, address.c_str(), network.address) == 1 &&
+    return address.find('\0') == string::npos &&  // where inet_pton() would stop
+           ::inet_pton(network.v6 ? AF_INET6 : AF_INET, address.c_str(), network.address) == 1 &&
            (whole || (parse_number(text, network.bits) && network.bits <= most));
 }
 
@@ -1623,7 +1624,7 @@ Parse take_proxy_v1(string_view& in, Endpoints& ends) {
     int64_t number = 0;
     for (const string_view address : {peer, server}) {
         Network network;
-        const bool plain = address.find_first_of("/\0", 0, 2) == string::npos;  // C stops at NUL
+        const bool plain = address.find('/') == string::npos;
         if (!plain || !parse_network(address, network) || network.v6 != v6) { return Parse::Bad; }
     }
     for (const string_view text : {line, port}) {

@@ -7722,16 +7722,16 @@ atexit.register(mark, "left")
 }
 
 TEST_CASE("a runner that has been succeeded and does not end well is told of") {
-    const vector<vector<string> > rows = {
+    const std::pair<string, string> rows[] = {
         {"os._exit(5)", "exited with status 5"},
         {"time.sleep(60)", "was ended by signal 9 (Killed), sent by this server"}};
-    for (const vector<string>& row : rows) {
-        Server server(kTools + "import atexit\natexit.register(lambda: " + row[0] + ")\n",
+    for (const auto& [at_exit, told] : rows) {
+        Server server(kTools + "import atexit\natexit.register(lambda: " + at_exit + ")\n",
                       {"-w", "1", "--max-requests", "1", "--graceful-timeout", "1"});
         const vector<pid_t> runners = server.runners();
         REQUIRE(runners.size() == 1);
         CHECK(get(server, "/hello").body == "hello");
-        CHECK(server.log_has("Runner (pid:" + to_string(runners[0]) + ") " + row[1]));
+        CHECK(server.log_has("Runner (pid:" + to_string(runners[0]) + ") " + told));
     }
 }
 
