@@ -2151,7 +2151,7 @@ struct Slot {
     Connection* current() const { return busy() ? turns.front().client : nullptr; }
 
     void close_requests() {
-        for (Pair& each : pipes) { each = {}; }
+        for (Pair& each : pipes) { each = Pair(); }
         copy.reset();
     }
 };
