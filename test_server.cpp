@@ -8494,6 +8494,25 @@ TEST_CASE("a reload that another overtakes leaves no worker with what it had loa
     CHECK_FALSE(wait_for([&] { return get(server, "/show").body != "v3"; }, 300ms));
 }
 
+TEST_CASE("the old workers stay at a reload until as many new ones are ready") {
+    const Server server(kTools + R"py(
+mark("loads")
+if len(open("loads").read()) == 4:
+    wait("go")  # the second of the new ones
+)py");
+    REQUIRE(server.wait_ready_workers(2));
+    const vector<pid_t> before = server.workers();
+    const auto left = [&] {
+        const vector<pid_t> now = server.workers();
+        return count_if(before.begin(), before.end(), [&](pid_t p) { return has_pid(now, p); });
+    };
+    server.signal(SIGHUP);
+    REQUIRE(wait_file(server, "loads", 4));
+    CHECK_FALSE(wait_for([&] { return left() < 2; }, 300ms));
+    open_gate(server);
+    CHECK(wait_for([&] { return left() == 0 && server.workers().size() == 2; }));
+}
+
 TEST_CASE("a worker takes over unfinished requests though its runner is busy") {
     Server server(kTools, {"--header-timeout", "2"});
     REQUIRE(server.wait_ready_workers(2));
