@@ -6055,7 +6055,7 @@ TEST_CASE("streams arrive as they are made, and close() is called when the clien
         CHECK(wait_file(server, "closed", ++closed));
         CHECK(get(server, "/hello").body == "hello");
         CHECK(read_file(server.dir.path + "/closed").size() == closed);
-        CHECK(server.access_has(string("GET ") + target));
+        CHECK(server.access_has(string("GET ") + target + " HTTP/1.1\" 200 "));
     }
     CHECK(count(server.log(), "WORKER TIMEOUT") == 0);
     CHECK_MESSAGE(!contains(server.log(), "Runner (pid:"), server.log());
@@ -6647,6 +6647,8 @@ def app(environ, start_response):
     int answered_all = 0;
     for (Client& client : clients) { answered_all += client.readable(8s) ? 1 : 0; }
     CHECK(answered_all == 6);
+    CHECK(server.log_has("The client took nothing: GET / HTTP/1.1"));
+    CHECK(server.access_has("\"GET / HTTP/1.1\" 200 "));
     CHECK_FALSE(contains(server.log(), "WORKER TIMEOUT (pid:" + to_string(worker)));
     CHECK(has_pid(server.workers(), worker));
 }
