@@ -1029,7 +1029,10 @@ sockaddr_storage socket_name(int fd) {
 Error describe(Fd fd, Listener& made) {
     int listening = 0;
     socklen_t size = sizeof listening;
-    (void)::getsockopt(fd.get(), SOL_SOCKET, SO_ACCEPTCONN, &listening, &size);
+    const int told = ::getsockopt(fd.get(), SOL_SOCKET, SO_ACCEPTCONN, &listening, &size);
+    if (told < 0 && errno == ENOPROTOOPT) {  // macOS and OpenBSD have the name alone
+        listening = ::listen(fd.get(), SOMAXCONN) == 0;
+    }
     if (!listening || ::fcntl(fd.get(), F_GETFD) != 0) {  // close-on-exec: it is ours already
         const string number = to_string(fd.release());
         return {1, "descriptor " + number + " is no listening socket, or is named twice"};
@@ -2629,7 +2632,9 @@ private:
         }
         tick_runners();
         if (!has_idle_slot()) { expire_queue(); }
+#ifndef __APPLE__  // it may close the reading side of a socket that only a message holds
         if (stop_ == Stop::Leave) { hand_over_readers(); }
+#endif
         const bool idle =
             connected_ == 0 && runners_.size() == 1 && has_idle_slot() && !runners_.front().busy();
         next_tick_ = idle ? next_notify_ : now_ + kTick;
@@ -2740,6 +2745,7 @@ private:
         Fd fd(::accept4(listener.fd.get(), address, &size, SOCK_CLOEXEC | SOCK_NONBLOCK));
 #else
         Fd fd(::accept(listener.fd.get(), address, &size));
+        if (fd && size == 0) { fd.reset(), errno = ECONNABORTED; }  // macOS: and it had an address
         if (fd) { set_flags(fd.get(), true); }
 #endif
         const bool short_of =
@@ -3682,7 +3688,14 @@ private:
         int fds[2];
         if (::socketpair(AF_UNIX, SOCK_DGRAM, 0, fds) < 0) { return os_error("no ready queue"); }
         queue_ = {Fd(fds[0]), Fd(fds[1])};
-        for (const int fd : fds) { set_flags(fd, true); }
+        for (const int fd : fds) {
+            set_flags(fd, true);
+#ifndef __linux__  // where it holds 200 KiB, and not 4
+            const int bytes = 3 * kPiece;
+            ::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
+            ::setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof bytes);
+#endif
+        }
         if (Error error = make_pipe(g_self_pipe, true)) { return error; }
         if (Error error = make_pipe(workers_say_, true)) { return error; }
         for (const auto& [number, name] : kSignals) { set_signals({number}, on_signal); }
