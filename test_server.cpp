@@ -6626,6 +6626,23 @@ def app(environ, start_response):
     CHECK(Reply(second.read_all()).whole);
 }
 
+TEST_CASE("an unread body, a half-closed client, a request in the queue cost the worker no time") {
+    const Server server(kTools, {"-w", "1"});
+    CHECK(get(server, "/hello").body == "hello");  // its pipe is not that of the next request
+    Client client(server), waiting(server);
+    client.send(post_bytes("/gate", string(300000, 'b'), false));
+    client.half_close();
+    REQUIRE(wait_file(server, "at_gate"));
+    waiting.send(get_bytes("/hello"));
+    const pid_t worker = server.workers()[0];
+    const long before = cpu_ticks(worker);
+    CHECK_FALSE(client.readable(1s));
+    CHECK(cpu_ticks(worker) - before < ::sysconf(_SC_CLK_TCK) / 4);
+    open_gate(server);
+    CHECK(Reply(client.read_all()).body == "through");
+    CHECK(Reply(waiting.read_all()).body == "hello");
+}
+
 TEST_CASE("a full worker with requests in the queue that nobody takes goes on, and answers them") {
     const Server server(R"py(
 import time
