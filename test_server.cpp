@@ -7412,6 +7412,35 @@ TEST_CASE("USR1 moves what an application prints that is still being loaded") {
     CHECK(contains(read_file(errors), "printed /late"));
 }
 
+TEST_CASE("USR1 does not disturb a runner that is not ours") {
+    const TempDir dir;
+    const string errors = dir.path + "/errors", old = errors + ".1";
+    write_file(dir.path + "/runner.pl", R"perl(
+use strict;
+$| = 1;
+print "0:,";
+while (1) {
+    my ($size, $c, $block) = ("", "", "");
+    $size .= $c while read(STDIN, $c, 1) && $c ne ":";
+    read(STDIN, $block, $size + 1) or exit;
+    print "16:Status: 200 OK\n\n,4:here,0:,";
+}
+)perl");
+    const Server server(
+        "", {"-w", "1", "--runner", "perl " + dir.path + "/runner.pl", "--error-logfile", errors},
+        {}, false);
+    REQUIRE(wait_for([&] { return server.runners().size() == 1; }));
+    const pid_t runner = server.runners()[0];
+    const int port = port_in(read_file(errors));
+    CHECK(request(port, get_bytes("/")).body == "here");
+    REQUIRE(::rename(errors.c_str(), old.c_str()) == 0);
+    server.signal(SIGUSR1);
+    REQUIRE(wait_for([&] { return !has_open(server.workers()[0], old); }));
+    CHECK(request(port, get_bytes("/")).body == "here");
+    CHECK(server.runners() == vector<pid_t>{runner});
+    CHECK_FALSE(contains(read_file(errors), "[ERROR]"));
+}
+
 TEST_CASE("an access log that takes no more is told of, once") {
     const Limit files(RLIMIT_FSIZE, 8192);
     Server server(kHello, {"-w", "1"});
@@ -8659,6 +8688,20 @@ TEST_CASE("what a client sent in time counts, though nobody was there to read it
     write_file(server.dir.path + "/go", "");
     CHECK(Reply(busy.read_all()).body == "through");
     CHECK(Reply(half.read_all()).body == "hello");
+}
+
+TEST_CASE("workers that fail in a row start later and later, and the others serve meanwhile") {
+    const Server server(kTools, {"-w", "2"});
+    REQUIRE(server.wait_ready_workers(2));
+    write_file(server.dir.path + "/app.py", "broken = [");
+    ::kill(server.workers()[0], SIGKILL);
+    REQUIRE(server.log_has("Workers fail: the next starts in 1 s"));
+    REQUIRE(server.log_has("Workers fail: the next starts in 2 s"));
+    const auto more = [&] { return count(server.log(), "Booting worker with pid: ") > 4; };
+    CHECK_FALSE(wait_for(more, 1s));
+    CHECK(get(server, "/hello").body == "hello");
+    write_file(server.dir.path + "/app.py", kTools);
+    CHECK(server.wait_ready_workers(2));
 }
 
 TEST_CASE("the number of workers that TTIN set outlives a reload") {
