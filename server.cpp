@@ -2632,7 +2632,7 @@ private:
         }
         tick_runners();
         if (!has_idle_slot()) { expire_queue(); }
-#ifndef __APPLE__  // it may close the reading side of a socket that only a message holds
+#ifndef __APPLE__  // whose kernel may shut the reading side of a socket that only a message holds
         if (stop_ == Stop::Leave) { hand_over_readers(); }
 #endif
         const bool idle =
@@ -2745,7 +2745,7 @@ private:
         Fd fd(::accept4(listener.fd.get(), address, &size, SOCK_CLOEXEC | SOCK_NONBLOCK));
 #else
         Fd fd(::accept(listener.fd.get(), address, &size));
-        if (fd && size == 0) { fd.reset(), errno = ECONNABORTED; }  // macOS: and it had an address
+        if (fd && size == 0) { fd.reset(), errno = ECONNABORTED; }  // macOS: reset by its client
         if (fd) { set_flags(fd.get(), true); }
 #endif
         const bool short_of =
