@@ -660,7 +660,7 @@ constexpr Option kOptions[] = {
     row<&C::user>("-u, --user USER: that workers run as, by name or number"),
     row<&C::group>("-g, --group GROUP: that workers run as; else the user's"),
     {"-m, --umask MODE: taken off the mode of unix sockets, octal", set_umask, get_umask},
-    {"--check-config: check all, load the application, and exit", set<&C::check_config>, nullptr},
+    {"--check-config: check settings, load the application, exit", set<&C::check_config>, nullptr},
     {"--print-config: print the settings and exit", set<&C::print_config>, nullptr},
     {"-v, --version: print the version and exit", set<&C::version>, nullptr},
     {"-h, --help: print this help and exit", set<&C::help>, nullptr},
@@ -687,7 +687,7 @@ Error parse_option(Config& config, const std::vector<const char*>& args, size_t&
 /// Settings from the environment and, stronger, the arguments. A code of 2: not understood.
 Error parse_command_line(const std::vector<const char*>& args, Config& config) {
     const string count = environment("WEB_CONCURRENCY"), port = environment("PORT");
-    if (std::getenv("FORWARDED_ALLOW_IPS") != nullptr) {  // if empty, nobody is
+    if (std::getenv("FORWARDED_ALLOW_IPS") != nullptr) {  // if empty, nobody is trusted
         config.forwarded_allow_ips = environment("FORWARDED_ALLOW_IPS");
         const Error error = check_networks(config.forwarded_allow_ips);
         if (error) { return {1, "$FORWARDED_ALLOW_IPS: " + error.text}; }
@@ -773,13 +773,17 @@ void log(Level level, const string& text) {
                                           "\n");
 }
 
+int set_groups(const Config& config) {
+    return config.user.empty() ? ::setgroups(1, &config.gid)
+                               : ::initgroups(config.user.c_str(), config.gid);
+}
+
 /// Root with the rights of --user until it goes, or else nothing.
 class AsUser {
 public:
     AsUser(const Config& config, bool change) : changed_(change) {
         if (!change) { return; }
-        (void)!(config.user.empty() ? ::setgroups(1, &config.gid)
-                                    : ::initgroups(config.user.c_str(), config.gid));
+        (void)!set_groups(config);
         (void)!::setegid(config.gid);
         (void)!::seteuid(config.uid);
     }
@@ -915,7 +919,8 @@ struct Access {
     microseconds took{};
 };
 
-/// One atom: "h", "{referer}i" … An unknown one, or one without a value, is "-".
+/// One atom: "h", "{referer}i" … An unknown one is "-", and so is one without a value,
+/// but for h and q.
 string access_atom(string_view name, const Access& a) {
     const auto shown = [](string_view text) { return text.empty() ? "-" : escape(text); };
     const auto variable = [&](string_view key) { return shown(lookup(a.env, key)); };
@@ -1144,17 +1149,19 @@ void unlink_sockets(const std::vector<Listener>& listeners) {
 
 /// Finds the numbers of --user and --group. Only root can become another user.
 Error resolve_user(Config& config) {
-    int64_t uid = ::geteuid(), gid = ::getegid();
-    if (!config.user.empty()) {
-        const bool number = parse_number(config.user, uid) && uid < UINT32_MAX;
+    int64_t uid, gid = ::getegid();
+    const bool number = parse_number(config.user, uid) && uid < UINT32_MAX;
+    if (number && !config.group.empty()) {
+        config.user.clear();  // nothing to look up, which a static program may not be able to
+    } else if (!config.user.empty()) {
         const struct passwd* entry =
             number ? ::getpwuid(static_cast<uid_t>(uid)) : ::getpwnam(config.user.c_str());
-        if (entry == nullptr && (!number || config.group.empty())) {
+        if (entry == nullptr) {
             return {1, "there is no user '" + config.user + "'" + (number ? ": name a group" : "")};
         }
-        if (entry != nullptr) {
-            uid = entry->pw_uid, gid = entry->pw_gid, config.user = entry->pw_name;
-        }
+        uid = entry->pw_uid, gid = entry->pw_gid, config.user = entry->pw_name;
+    } else {
+        uid = ::geteuid();
     }
     if (!config.group.empty() && (!parse_number(config.group, gid) || gid >= UINT32_MAX)) {
         const struct group* entry = ::getgrnam(config.group.c_str());
@@ -1171,8 +1178,8 @@ Error resolve_user(Config& config) {
 /// In a worker: becomes the user and group that resolve_user() found.
 Error drop_privileges(const Config& config) {
     if (config.uid == ::geteuid() && config.gid == ::getegid()) { return {}; }
-    const bool groups = config.user.empty() || ::initgroups(config.user.c_str(), config.gid) == 0;
-    const bool good = groups && ::setgid(config.gid) == 0 && ::setuid(config.uid) == 0;
+    const bool good =
+        set_groups(config) == 0 && ::setgid(config.gid) == 0 && ::setuid(config.uid) == 0;
     return good ? Error{} : os_error("cannot become the user of --user");
 }
 
@@ -1192,8 +1199,8 @@ string own_pidfile(const Config& config) {
                                                             : config.pidfile;
 }
 
-/// Refuses a pid file with the number of a live process in it, which is no fault of the
-/// configuration, or where none can be written.
+/// Refuses a pid file with the number of a live process in it (--check-config overlooks that: it
+/// is no fault of the settings), or where none can be written.
 Error check_pidfile(const Config& config, const string& path) {
     if (path.empty()) { return {}; }
     const pid_t pid = read_pidfile(path);
@@ -1630,7 +1637,7 @@ Parse take_proxy_v1(string_view& in, Endpoints& ends) {
         const bool plain = address.find('/') == string::npos;
         if (!plain || !parse_network(address, network) || network.v6 != v6) { return Parse::Bad; }
     }
-    for (const string_view text : {line, port}) {
+    for (const string_view text : {line, port}) {  // the client's comes last, and stays
         if (!parse_number(text, number) || number > 65535) { return Parse::Bad; }
     }
     ends.peer = peer;
@@ -1815,8 +1822,8 @@ Response error_response(int status, string& body) {
 //  program that speaks this on its standard input and output is a runner.
 //
 //  The Python runner reads its requests from several pipes in turn. While it answers one the next
-//  may lie in the others already, so that neither process sleeps in between; they run nowhere else
-//  only once the runner has read them, and until then the worker can take them back.
+//  may lie in the others already, so that neither process sleeps in between. Until the runner has
+//  read one the worker can take it back, for another to run it.
 //
 //  These pipes are a slot. With --threads N the Python runner has N of them, and a thread for each
 //  that runs the same loop; the first slot alone says, for all, that the application is loaded.
@@ -1884,7 +1891,7 @@ class Slot:
 
     def __init__(self, pipes, app):
         (*self.requests, self.replies), self.app = pipes, app
-        self.turn = 0       # the pipe of the present request
+        self.index = 0      # the pipe of the present request
         self.pending = b""  # read from it and not used
         self.left = 0       # bytes of the body that the application has not read
 
@@ -1900,7 +1907,7 @@ class Slot:
             os._exit(1)
 
     def more(self):
-        data = os.read(self.requests[self.turn], 65536)
+        data = os.read(self.requests[self.index], 65536)
         if not data: raise Gone
         self.pending += data
 
@@ -1921,7 +1928,7 @@ class Slot:
         return data
 
     def client_gone(self):
-        if not self.left and select.select([self.requests[self.turn]], [], [], 0)[0]:
+        if not self.left and select.select([self.requests[self.index]], [], [], 0)[0]:
             self.more()
         return not self.left and self.pending == b"0:,"
 
@@ -1946,7 +1953,7 @@ class Slot:
         else:
             environ["wsgi.input"] = io.BufferedReader(Body(response), 65536)
         self.answer(environ, response)
-        self.pending, self.turn = b"", (self.turn + 1) % len(self.requests)
+        self.pending, self.index = b"", (self.index + 1) % len(self.requests)
         if self.files:
             list_files(*self.files)
 
@@ -2040,8 +2047,9 @@ def main(name, paths, software, files, threads, *fds):
     sys.path[:0] = [os.path.abspath(path) for path in paths.split(",") if path]
     names = []
     try:  # MODULE, MODULE:OBJ.ATTR or MODULE:FACTORY(...), as in gunicorn
-        module, _, target = name.partition(":")
-        app = eval(target or "application", vars(importlib.import_module(module)))
+        path, _, target = name.partition(":")
+        module = importlib.import_module(path)
+        app = eval("module." + (target or "application"), dict(vars(module), module=module))
         if not callable(app): raise TypeError("%s is not callable" % name)
     except Exception as error:
         report()
@@ -2234,7 +2242,8 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     } else {
         ::execl("/bin/sh", "sh", "-c", ("exec " + config.runner).c_str(), nullptr);
     }
-    log(Level::Error, os_error("cannot run " + config.python).text);
+    const string program = config.runner.empty() ? config.python : "/bin/sh";
+    log(Level::Error, os_error("cannot run " + program).text);
     ::_exit(kWorkerBootError);
 }
 
@@ -2283,19 +2292,25 @@ string exit_text(int status) {
     return "was ended by signal " + to_string(number) + " (" + ::strsignal(number) + ")";
 }
 
+/// What the end of the first runner means: none could be run, or it could not load the application.
+int boot_status(int status) {
+    const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+    return code == kWorkerBootError || code >= 126 ? kWorkerBootError : kAppLoadError;  // sh: 126 …
+}
+
 // ============================================================================
 //  9. Connection: what the worker knows of one client
 //
 //  ReadHead → ReadBody → Ready → Run → Reply → Linger → Done; a refused request goes straight
-//  to Reply. Only Worker::set_state() assigns the state, and with it the deadline and the place in
-//  the list of those that are Ready.
+//  to Reply. Only Worker::set_state() changes the state, and with it the deadline and the place in
+//  the list of those that are Ready; who comes by the ready queue keeps the deadline that he had.
 // ============================================================================
 enum class Stop { No, Leave, Drain, Now };  // Drain: the ready queue, too
 enum class State { ReadHead, ReadBody, Ready, Run, Reply, Linger, Done };
 
 /// The part of a connection that goes through the ready queue as it is.
 struct Passport {
-    Time accepted, started;            // connected; the request was complete
+    Time accepted, started;            // connected; the request was complete, or Linger began
     State state = State::ReadHead;     // in the queue: Ready, or how far the request has come,
     Time deadline{};                   // and by when that has to go on
     RequestParser::Framing framing{};  // in the queue alone, as is the next: parser.at
@@ -2553,9 +2568,7 @@ private:
     /// Another worker was quicker. Who comes too late twice within a millisecond is not needed, and
     /// leaves connections to the others for a while: to wake for each of them costs more.
     void came_too_late(Time woken) {
-        if (woken < std::exchange(lost_at_, woken) + kAhead) {
-            accept_again_ = woken + kAcceptDelay;
-        }
+        if (woken < std::exchange(lost_at_, woken) + 1ms) { accept_again_ = woken + kAcceptDelay; }
     }
 
     /// What ps tells of this process while it sleeps; query strings are nobody's business.
@@ -3099,10 +3112,12 @@ private:
     //
     // A runner ends in one of these ways, and always in bury():
     //   retired    a successor serves, or nothing is left to do: its request pipes are closed, and
-    //              it leaves as any Python program does (leave_if_idle, dismiss)
-    //   hung       hung_app: SIGABRT once no other slot is awaited, then SIGKILL (end_runner)
-    //   useless    a closed pipe or a broken protocol: lose_slot, SIGKILL after a second
-    //   dead       by itself: SIGCHLD brings it to bury() at once
+    //              it leaves as any Python program does (leave_if_idle; dismiss, which limits the
+    //              time)
+    //   hung       hung_app: SIGABRT when no other slot is awaited, or has been as long; then
+    //              SIGKILL (end_runner)
+    //   useless    lose_slot: SIGKILL, for a broken protocol at once, for a closed pipe after a
+    //   second dead       by itself: SIGCHLD brings it to bury() at once
 
     template <typename Action>
     void each_slot(Action action) {
@@ -3359,7 +3374,7 @@ private:
     /// The response is whole, or has failed; the runner may be at close() still.
     void end_reply(Slot& slot, bool good) {
         Connection* c = slot.current();
-        const bool ends = slot.answered && slot.out.size() == 0 && slot.pipe();  // in feed_runner()
+        const bool ends = slot.answered && slot.out.size() == 0 && slot.pipe();  // by feed_runner()
         if (c != nullptr && !ends) { forget_client(slot.turns.front()); }
         feed_runner(slot);  // what lies ahead is the runner's before this client has its response
         if (c == nullptr) { return; }
@@ -3531,8 +3546,7 @@ private:
         restart_at_ = now_ + 1s;
         const auto serves = [](const Runner& each) { return each.phase == Phase::Serving; };
         if (find(runners_, serves)) { return; }
-        const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
-        if (!booted_) { status_ = code == 3 || code >= 126 ? kWorkerBootError : kAppLoadError; }
+        if (!booted_) { status_ = boot_status(status); }
         const seconds delay = backoff(failures_);
         if (++failures_ > 1) {
             log(Level::Warning, "The next runner starts in " + to_string(delay.count()) + " s");
@@ -4002,7 +4016,7 @@ Error apply(Config& config) {
         ::setenv(pair.substr(0, equals).c_str(), pair.c_str() + equals + 1, 1);
     }
     config.files = set_soft_limit(4 * FD_SETSIZE);
-    const rlim_t limit = set_soft_limit(4 * FD_SETSIZE);
+    const rlim_t limit = set_soft_limit(4 * FD_SETSIZE);  // again: returns what it is now
     const bool ample = limit >= 4 * FD_SETSIZE && config.threads == 1;
     config.pipes = !config.runner.empty() ? 1 : ample ? config.pipes : 2;
     // What select() sees beside clients: two descriptors a slot, of two runners at a time. Out of
@@ -4055,8 +4069,7 @@ int check_app(const Config& config) {
     runner.close_requests();
     int status = 0;
     retry([&] { return ::waitpid(runner.pid, &status, 0); });
-    const bool no_boot = WIFEXITED(status) && WEXITSTATUS(status) == kWorkerBootError;
-    return loaded ? 0 : no_boot ? kWorkerBootError : kAppLoadError;
+    return loaded ? 0 : boot_status(status);
 }
 
 /// Takes over inherited sockets or else, but not with --check-config, binds all addresses.
