@@ -73,6 +73,6 @@ clean:
 	rm -rf server server-asan test_server test_server-asan fuzz-server .fuzz .coverage __pycache__
 
 help:
-	@sed -n '/^# make/s/^# //p' Makefile
+	@sed -n '/^[^#]/q; s/^# \{0,1\}//p' Makefile
 
 .PHONY: all test check asan coverage bench static install uninstall fuzz clean help

@@ -241,7 +241,7 @@ EXPERIMENTS = {
         once.""",
     "error": "raises an exception: 500, and the error log has the traceback.",
     "crash": """ends the interpreter by a segmentation fault: 502, and a new runner. No other client
-        notices.""",
+        notices, unless <code>--threads</code> gave the same runner his request, too.""",
     "hang": """sleeps for %d seconds. An application that says nothing for <code>--timeout</code>
         seconds, 30 unless set, is ended by the server: 504, a new runner, and the error log tells
         where it hung. <code>./server -t 5</code> is for the impatient. Send some requests
