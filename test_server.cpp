@@ -8403,6 +8403,7 @@ TEST_CASE("a daemon upgrades to a daemon") {
     ::kill(old, SIGUSR2);
     REQUIRE(wait_for([&] { return exists(pidfile + ".2"); }));
     const pid_t heir = read_pidfile(pidfile + ".2");
+    CHECK(parent_and_state(heir).first == old);  // which waits for it, should it fail
     ::kill(old, SIGWINCH);
     const auto children = [](pid_t pid) {
         return output_of("pgrep -P " + to_string(pid) + " | wc -l");
