@@ -15,10 +15,10 @@ CXX ?= g++
 CXXFLAGS ?= -O2 -g -Wall -Wextra -Wpedantic -Wshadow -Wconversion
 
 # What the code needs, whatever the flags above say; on 32 bits, files of more than 2 GiB and times
-# after 2038. Nothing unwinds: the tables for it would be a tenth of the program.
+# after 2038. Nothing unwinds: the tables for it would be a tenth of the program. No threads.
 STANDARD = -std=c++17 -D_FILE_OFFSET_BITS=64 -D_TIME_BITS=64
 BUILD = $(CXX) $(STANDARD) -fno-exceptions -fno-rtti -fno-asynchronous-unwind-tables \
-    $(CPPFLAGS) $(CXXFLAGS)
+    -fno-threadsafe-statics $(CPPFLAGS) $(CXXFLAGS)
 SANITIZE = -g -fno-omit-frame-pointer -fno-sanitize-recover=undefined -fsanitize=address,undefined
 # The tests are not optimized: they would take longer to build than to run.
 TESTS = $(CXX) $(STANDARD) $(CPPFLAGS) $(CXXFLAGS) -O0

@@ -81,7 +81,7 @@ namespace {
 //  select loop most failures are one connection's everyday result. Deadlines come from the
 //  steady clock alone; the wall clock is for people.
 // ============================================================================
-using std::string, std::string_view, std::to_string;
+using std::string, std::string_view;
 using std::chrono::microseconds, std::chrono::seconds;
 using namespace std::chrono_literals;
 using Clock = std::chrono::steady_clock;
@@ -100,6 +100,12 @@ struct Error {
 
 /// What errno says of `what`, as a start-up error.
 Error os_error(const string& what) { return {1, what + ": " + std::strerror(errno)}; }
+
+/// Decimal; std::to_string once, not once a type.
+template <typename Integer>
+string to_string(Integer number) {
+    return std::to_string(static_cast<int64_t>(number));
+}
 
 /// Owns one descriptor. close() is never retried: after EINTR the number may be another's.
 class Fd {
@@ -419,6 +425,7 @@ void on_signal(int number) {
 void set_signals(std::initializer_list<int> numbers, void (*handler)(int)) {
     struct sigaction action = {};
     action.sa_handler = handler;
+    sigfillset(&action.sa_mask);  // of two at once the lower number comes first: USR2, then TERM
     for (const int number : numbers) { ::sigaction(number, &action, nullptr); }
 }
 
@@ -488,8 +495,9 @@ struct Config {
     string notify_socket;  // of systemd
     Strings argv;          // as it was started, and where, for an upgrade
     string directory;
-    pid_t old_master = 0;   // that upgrades to this one
-    char* title = nullptr;  // what ps shows
+    std::vector<char*> environment;  // before --env
+    pid_t old_master = 0;            // that upgrades to this one
+    char* title = nullptr;           // what ps shows
     size_t title_size = 0;
     bool daemon = false, detached = false;  // detached: it has no terminal any more
     bool check_config = false, print_config = false, version = false, help = false;
@@ -822,13 +830,12 @@ bool has_say(const Config& config, string directory) {
 }
 
 /// Gives a file that root made to the user of the workers; one with a second name may be another's.
-void give_away(const Config& config, const Fd& file) {
+bool give_away(const Config& config, const Fd& file) {
     struct stat info = {};
     const bool regular = ::fstat(file.get(), &info) == 0 && S_ISREG(info.st_mode);
-    if (regular && info.st_nlink <= 1 && ::geteuid() == 0) {
-        const bool group = info.st_gid != ::getegid();  // logrotate's choice, or its directory's
-        (void)!::fchown(file.get(), config.uid, group ? info.st_gid : config.gid);
-    }
+    if (!regular || info.st_nlink > 1 || ::geteuid() != 0) { return true; }
+    const bool group = info.st_gid != ::getegid();  // logrotate's choice, or its directory's
+    return ::fchown(file.get(), config.uid, group ? info.st_gid : config.gid) == 0;
 }
 
 /// Opens a log file, or opens it again; "-" is a standard descriptor. An empty path: no log. Root
@@ -844,7 +851,7 @@ Error open_log(const Config& config, const string& path, int standard, Fd& file)
                         : ::open(path.c_str(), flags | O_NONBLOCK, 0666));  // a FIFO needs a reader
     if (!made) { return os_error("cannot open the log " + path); }
     if (path != "-" && !other) { ::fcntl(made.get(), F_SETFL, O_APPEND); }
-    if (root && !other) { give_away(config, made); }
+    if (root && !other) { (void)give_away(config, made); }
     file = raise_fd(std::move(made));
     return {};
 }
@@ -1829,7 +1836,7 @@ Response error_response(int status, string& body) {
 //  that runs the same loop; the first slot alone says, for all, that the application is loaded.
 // ============================================================================
 constexpr char kRunner[] = R"py(
-import faulthandler, fcntl, importlib, io, os, select, sys
+import _thread, faulthandler, fcntl, importlib, io, os, select, sys
 
 class Gone(SystemExit): "The worker has gone, or wants no more."
 
@@ -1849,7 +1856,7 @@ class Body(io.RawIOBase):
 class Response:
     """start_response() and write() of one request; inert once it is over."""
     def __init__(self, slot):
-        self.slot, self.head, self.started = slot, None, False
+        self.slot, self.head, self.started, self.lock = slot, None, False, _thread.RLock()
 
     def start_response(self, status, headers, exc_info=None):
         if exc_info and self.started: raise exc_info[1].with_traceback(exc_info[2])
@@ -1878,10 +1885,11 @@ class Response:
         return [b"%d:" % size, *items, b","] if size else []
 
     def write(self, data):
-        if self.slot and self.slot.client_gone():
-            raise BrokenPipeError("the client has gone")
-        if self.slot and data != b"":  # the head waits for the first non-empty piece
-            self.slot.write(self.frame([data]))
+        with self.lock:  # a thread of the application may go on after the end
+            if self.slot and self.slot.client_gone():
+                raise BrokenPipeError("the client has gone")
+            if self.slot and data != b"":  # the head waits for the first non-empty piece
+                self.slot.write(self.frame([data]))
 
 class Slot:
     """The pipes of a slot, and the loop that answers what comes through them."""
@@ -1961,7 +1969,7 @@ class Slot:
         """The last of a response. Once the mark is out the worker fills the pipes again."""
         while self.left:
             self.take(65536)
-        response.slot = None
+        with response.lock: response.slot = None
         self.write(parts + [mark])
 
     def answer(self, environ, response):
@@ -1983,7 +1991,7 @@ class Slot:
             raise
         except self.failures:
             report()
-            parts, mark = [], b"0:!"
+            parts, mark, response.slot = [], b"0:!", None
         finally:
             try:
                 if hasattr(items, "close"):
@@ -1993,9 +2001,9 @@ class Slot:
         self.end(response, parts, mark)
 
 class file_wrapper:
-    def __init__(self, filelike, blksize=65536):
-        self.filelike, self.blksize = filelike, max(blksize, 65536)  # smaller blocks cost time
-        self.close = getattr(filelike, "close", lambda: None)
+    def __init__(self, filelike, blksize=8192):  # smaller blocks cost time; a pipe's must not wait
+        self.blksize = max(blksize, 65536 * getattr(filelike, "seekable", bool)())
+        self.filelike, self.close = filelike, getattr(filelike, "close", lambda: None)
 
     def __iter__(self):
         return iter(lambda: self.filelike.read(self.blksize) or b"", b"")
@@ -2009,10 +2017,10 @@ def list_files(list_fd, told, names=()):
             os.write(list_fd, os.fsencode(name) + b"\0")
 
 def report():
-    import traceback  # which takes its time, and is hardly ever wanted
     try:
+        import traceback  # which takes its time, and is hardly ever wanted
         os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
-    except OSError:  # a full disk
+    except Exception:  # a full disk, no descriptor
         pass
 
 def reopen(path):
@@ -2940,7 +2948,7 @@ private:
                   to_string(error.code) + " to " + c.ends.peer + ": " + error.text);
         const Request& request = c.parser.request;  // perhaps only part of one
         c.minor = std::max(c.minor, request.minor);
-        c.bodyless = c.bodyless || request.method == "HEAD";
+        c.bodyless = c.bodyless || request.line.find("HEAD ") == 0;
         string body;
         c.response = error_response(error.code, body);
         c.head = final_head(c.response, c.minor, false);
@@ -3273,7 +3281,12 @@ private:
     /// A piece of the response. The application's head is checked before anything is sent.
     void take_reply(Slot& slot, string_view piece) {
         Connection& c = *slot.current();
-        if (c.response.status != 0) { return reply_body(c, piece); }
+        if (c.response.status != 0) {
+            reply_body(c, piece);
+            if (!c.bodyless && !c.too_long) { return; }
+            slot.gone = true;  // the client has all that it may have
+            return end_reply(slot, true);
+        }
         c.app_head += piece;
         const size_t end = c.app_head.find("\n\n");
         if (end == string::npos && c.app_head.size() <= kMaxHead) { return; }
@@ -3652,7 +3665,9 @@ public:
 
     /// Runs the server until it is told to stop; returns the exit status.
     int run() {
-        if (Error error = start()) { return log(Level::Critical, error.text), error.code; }
+        if (Error error = start()) {
+            log(Level::Critical, error.text), status_ = error.code, stopping_ = true;
+        }
         while (!stopping_ || !workers_.empty()) {
             manage_workers();
             fd_set reads{}, writes{};
@@ -3665,7 +3680,10 @@ public:
                        spawn_again_ > now_ ? std::min(until, spawn_again_) : until);
             const Time before = std::exchange(now_, Clock::now());
             if (now_ > before + 1500ms) {  // we were stopped: silence of the workers proves nothing
-                for (WorkerInfo& worker : workers_) { worker.last_change = now_; }
+                for (WorkerInfo& worker : workers_) {
+                    worker.last_change = now_;
+                    if (worker.stop_by < Time::max()) { worker.stop_by += now_ - before; }
+                }
             }
             for (int number; (number = next_signal()) >= 0;) { handle_signal(number); }
             char said[64];
@@ -3680,6 +3698,7 @@ public:
         }
         reap_workers();
         if (reexec_pid_ == 0 && !has_old_master()) { unlink_sockets(listeners_); }
+        listeners_.clear();  // with no descriptor left the pid file could not be read
         const bool heir = reexec_pid_ > 0;  // which puts its own in the place of this one
         const string pidfile = own_pidfile(config_);
         if (!heir && read_pidfile(pidfile) == ::getpid()) { ::unlink(pidfile.c_str()); }
@@ -3762,11 +3781,13 @@ private:
         for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
         block_signals(false);
         const int count = static_cast<int>(listeners_.size());
+        g_log.error_file.reset(::fcntl(g_log.error_file.get(), F_DUPFD_CLOEXEC, 3 + count));
         for (Listener& each : listeners_) {  // first out of the way, then into their places
             each.fd.reset(::fcntl(each.fd.get(), F_DUPFD_CLOEXEC, 3 + count));
         }
         int place = 3;
         for (const Listener& each : listeners_) { ::dup2(each.fd.get(), place++); }
+        ::environ = config_.environment.data();
         ::setenv("LISTEN_FDS", to_string(count).c_str(), 1);
         ::setenv("LISTEN_PID", to_string(::getpid()).c_str(), 1);
         string inodes;
@@ -3845,7 +3866,7 @@ private:
             if (worker.booted || (info.st_mode & 2) == 0) { continue; }
             worker.booted = ever_booted_ = true;
             if (worker.pid != canary_) { continue; }
-            generation_ = worker.generation;
+            generation_ = worker.generation, spawn_again_ = now_;
             if (next_directory_) { directory_ = std::move(next_directory_); }
             canary_ = -1;
         }
@@ -3937,7 +3958,7 @@ private:
     pid_t spawn_worker(int generation) {
         Fd tmp;
         Error error = make_temp_file(config_.worker_tmp_dir, tmp);
-        give_away(config_, tmp);
+        if (!error && !give_away(config_, tmp)) { error = os_error("cannot chown a file"); }
         const pid_t arbiter = ::getpid();
         block_signals(true);
         const pid_t pid = error ? -1 : ::fork();
@@ -4002,8 +4023,9 @@ Error apply(Config& config) {
         parse_number(environment("LISTEN_FDS"), inherited)) {
         config.inherited = static_cast<int>(std::min<int64_t>(inherited, FD_SETSIZE / 2));
     }
-    if (environment("SERVER_UPGRADE") == to_string(::getppid())) {
-        config.old_master = ::getppid();
+    int64_t old_master = 0;  // which may have gone already
+    if (config.inherited > 0 && parse_number(environment("SERVER_UPGRADE"), old_master)) {
+        config.old_master = static_cast<pid_t>(old_master);
         config.inodes = environment("LISTEN_FDNAMES");
         config.detached = config.daemon;
     }
@@ -4011,6 +4033,8 @@ Error apply(Config& config) {
                              "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
         ::unsetenv(name);  // what is between systemd and this server
     }
+    for (char** each = ::environ; *each != nullptr; ++each) { config.environment.push_back(*each); }
+    config.environment.push_back(nullptr);
     for (const string& pair : config.raw_env) {
         const size_t equals = pair.find('=');
         ::setenv(pair.substr(0, equals).c_str(), pair.c_str() + equals + 1, 1);
@@ -4034,6 +4058,7 @@ Error apply(Config& config) {
         const bool shm = ::faccessat(AT_FDCWD, "/dev/shm", W_OK | X_OK, AT_EACCESS) == 0;
         config.worker_tmp_dir = shm ? "/dev/shm" : temp_dir();
     }
+    config.worker_tmp_dir = absolute(config.chdir, config.worker_tmp_dir);
     Fd probe;
     for (const string& dir : {config.worker_tmp_dir, temp_dir()}) {
         if (Error error = make_temp_file(dir, probe)) { return error; }

@@ -6845,6 +6845,114 @@ string output_of(const string& command) {
     return text;
 }
 
+TEST_CASE("a stream that its client has whole is left: HEAD, 304, more than Content-Length") {
+    const Server server(kTools + R"py(
+def stream(environ, start_response):
+    query = environ["QUERY_STRING"]
+    start_response(query.replace("+", " ") or "200 OK",
+                   [("Content-Length", "5")] if query == "200+long" else [])
+    try:
+        while True:
+            time.sleep(0.01)
+            yield b"more"
+    finally:
+        mark("left")
+)py",
+                        {"-w", "1", "-t", "3"});
+    const string targets[] = {"HEAD /stream", "GET /stream?304+x", "GET /stream?200+long"};
+    int left = 0;
+    for (const string& target : targets) {
+        CAPTURE(target);
+        const Reply reply = request(server.port(), target + " HTTP/1.1\r\nHost: x\r\n\r\n");
+        CHECK((reply.status == 200 || reply.status == 304));
+        CHECK(wait_file(server, "left", static_cast<size_t>(++left)));
+        CHECK(get(server, "/hello").body == "hello");
+    }
+    CHECK_FALSE(contains(server.log(), "TIMEOUT"));
+}
+
+TEST_CASE("a pipe in file_wrapper is sent as it comes") {
+    const Server server(kTools + R"py(
+def pipe(environ, start_response):
+    out = subprocess.Popen("for i in 1 2 3 4; do echo line $i; sleep 0.8; done", shell=True,
+                           stdout=subprocess.PIPE).stdout
+    start_response("200 OK", [])
+    return environ["wsgi.file_wrapper"](out, 7)
+)py",
+                        {"-w", "1", "-t", "2"});
+    CHECK(get(server, "/pipe").body == "line 1\nline 2\nline 3\nline 4\n");
+}
+
+TEST_CASE("a failure that cannot even be reported is a 500, and the thread goes on") {
+    for (const char* threads : {"1", "2"}) {
+        CAPTURE(threads);
+        const Server server(kTools + R"py(
+def syntax(environ, start_response):
+    raise SyntaxError("m", ("f", 1, "x", "text"))
+
+def files(environ, start_response):
+    sys.modules.pop("traceback", None)
+    kept = []
+    try:
+        while True: kept.append(open("/dev/null"))
+    finally:
+        threading.Timer(0.5, kept.clear).start()
+)py",
+                            {"-w", "1", "-t", "5", "--threads", threads});
+        for (const char* target : {"/syntax", "/files", "/syntax"}) {
+            CHECK(get(server, target).status == 500);
+        }
+        CHECK(get(server, "/hello").body == "hello");
+        CHECK_FALSE(contains(server.log(), "Runner (pid"));
+    }
+}
+
+TEST_CASE("an error page for HEAD has no body, even where its line is refused") {
+    const Server server(kHello, {"-w", "1", "--header-timeout", "1"});
+    const std::pair<string, int> rows[] = {
+        {"HEAD /" + string(5000, 'a') + " HTTP/1.1\r\nHost: x\r\n\r\n", 414},
+        {"HEAD / HTTP/1.1\nHost: x\n\n", 400},
+        {"HEAD / HTTP/1.1\r\nHost", 408},
+        {"HEAD / HTTP/9.1\r\nHost: x\r\n\r\n", 505},
+    };
+    for (const auto& [bytes, status] : rows) {
+        const Reply reply = request(server.port(), bytes);
+        CHECK(reply.status == status);
+        CHECK(reply.body == "");
+    }
+}
+
+TEST_CASE("close() after a failure says nothing more to the client") {
+    const Server server(kTools + R"py(
+class Items:
+    def __init__(self, start_response): self.start_response = start_response
+    def __iter__(self): raise ValueError
+    def close(self): self.start_response("200 OK", [])(b"from close()")
+
+def late(environ, start_response):
+    return Items(start_response)
+)py",
+                        {"-w", "1"});
+    const Reply reply = get(server, "/late");
+    CHECK(reply.status == 500);
+    CHECK_FALSE(contains(reply.body, "from close()"));
+}
+
+TEST_CASE("write() of a thread that goes on after the end of its request disturbs nobody") {
+    const Server server(kTools + R"py(
+def background(environ, start_response):
+    write, begun = start_response("200 OK", []), time.time()
+    def go_on():
+        while time.time() < begun + 0.03: write(b"z")
+    threading.Thread(target=go_on).start()
+    time.sleep(0.002)
+    return [b"end"]
+)py",
+                        {"-w", "1", "--threads", "2"});
+    for (int i = 0; i < 100; ++i) { CHECK(get(server, "/background").whole); }
+    CHECK_FALSE(contains(server.log(), "broke the protocol"));
+}
+
 TEST_SUITE_END();
 
 // --- slow, hostile and broken clients, full disks, dying parts -------------------------------
@@ -8417,6 +8525,166 @@ TEST_CASE("a daemon upgrades to a daemon") {
     ::kill(heir, SIGTERM);
     CHECK(wait_for([&] { return !alive(heir); }));
     CHECK_FALSE(exists(pidfile));
+}
+
+TEST_CASE("USR2 and TERM at once: the new master takes over") {
+    Server server(kHello, {"-w", "1"});
+    freeze(server.pid);
+    server.signal(SIGTERM);
+    server.signal(SIGUSR2);
+    server.signal(SIGCONT);
+    REQUIRE(server.log_has("Handling signal: usr2"));
+    const string log = server.log();
+    CHECK(log.find("Handling signal: usr2") < log.find("Handling signal: term"));
+    CHECK(server.wait_end());
+    CHECK(server.log_has("Master has been promoted."));
+    CHECK(wait_for([&] { return get(server, "/", 1s).body == "hello\n"; }));
+    vector<pid_t> heirs;  // whose parent has gone
+    for (const pid_t pid : processes_with(server.mark)) {
+        if (contains(read_file("/proc/" + to_string(pid) + "/cmdline"), "master")) {
+            heirs.push_back(pid);
+        }
+    }
+    REQUIRE(heirs.size() == 1);
+    ::kill(heirs[0], SIGTERM);
+    CHECK(wait_for([&] { return !alive(heirs[0]); }));
+}
+
+TEST_CASE(
+    "a new master that reads its settings when the old one has gone is an heir all the same") {
+    const TempDir dir;
+    const string pidfile = dir.path + "/pid", path = dir.path + "/s", slow = dir.path + "/server";
+    write_file(dir.path + "/app.py", kHello);
+    write_file(
+        slow,
+        "#!/bin/bash\nif [ -n \"$SERVER_UPGRADE\" ]; then\n"
+        "while grep -q '^State:.[^Z]' /proc/$SERVER_UPGRADE/status 2>/dev/null; do :; done; fi\n"
+        "exec -a \"$0\" " +
+            absolute(current_directory(), server_path()) + " \"$@\"\n");
+    ::chmod(slow.c_str(), 0755);
+    output_of(slow + " -D -w 1 --python /usr/bin/python3 -p " + pidfile + " -b unix:" + path +
+              " --chdir " + dir.path + " --error-logfile " + dir.path + "/log app:app");
+    REQUIRE(wait_for([&] { return contains(read_file(dir.path + "/log"), "Booting worker"); }));
+    const pid_t old = read_pidfile(pidfile);
+    freeze(old);
+    for (const int number : {SIGUSR2, SIGTERM, SIGCONT}) { ::kill(old, number); }
+    CHECK(wait_for([&] { return read_pidfile(pidfile) != old && read_pidfile(pidfile) > 0; }));
+    const pid_t heir = read_pidfile(pidfile);
+    REQUIRE(heir > 0);
+    CHECK_FALSE(exists(pidfile + ".2"));
+    CHECK(exchange(Client(path), get_bytes("/")).body == "hello\n");
+    ::kill(heir, SIGTERM);
+    CHECK(wait_for([&] { return !alive(heir); }));
+    CHECK_FALSE(exists(pidfile));
+    CHECK_FALSE(exists(path));
+}
+
+TEST_CASE("what -e sets is the application's, and not the next master's settings") {
+    Server server("import os\n" + kTools + R"py(
+def sees(environ, start_response):
+    return reply(start_response, os.environ["WEB_CONCURRENCY"])
+)py",
+                  {"-e", "WEB_CONCURRENCY=4"});
+    CHECK(wait_for([&] { return server.ready_workers() == 2; }));
+    CHECK(get(server, "/sees").body == "4");
+    server.signal(SIGUSR2);
+    REQUIRE(wait_for([&] { return masters_of(server).size() == 1; }));
+    const pid_t heir = masters_of(server)[0];
+    CHECK(wait_for([&] { return server.ready_workers(heir) >= 2; }));
+    CHECK(server.ready_workers(heir) == 2);
+    server.signal(SIGTERM);
+    CHECK(server.wait_end());
+    CHECK(get(server, "/sees").body == "4");
+    ::kill(heir, SIGTERM);
+    CHECK(wait_for([&] { return !alive(heir); }));
+}
+
+TEST_CASE("a relative --worker-tmp-dir is looked for below --chdir at each reload") {
+    const TempDir dir;
+    for (const char* name : {"/v1", "/v1/tmp", "/v2", "/v2/tmp"}) {
+        REQUIRE(::mkdir((dir.path + name).c_str(), 0755) == 0);
+    }
+    for (const char* name : {"/v1", "/v2"}) { write_file(dir.path + name + "/app.py", kHello); }
+    const string current = dir.path + "/current";
+    REQUIRE(::symlink("v1", current.c_str()) == 0);
+    Server server(kHello, {"-w", "1", "--chdir", current, "--worker-tmp-dir", "tmp"});
+    ::unlink(current.c_str());
+    REQUIRE(::symlink("v2", current.c_str()) == 0);
+    output_of("rm -r " + dir.path + "/v1");
+    const vector<pid_t> before = server.workers();
+    server.signal(SIGHUP);
+    CHECK(wait_for([&] {
+        const vector<pid_t> now = server.workers();
+        return now.size() == 1 && now != before;
+    }));
+    CHECK_FALSE(contains(server.log(), "No new worker"));
+    CHECK(get(server).body == "hello\n");
+}
+
+TEST_CASE("who was stopped as a whole during a graceful stop has its time nevertheless") {
+    Server server(kTools + R"py(
+def work(environ, start_response):
+    mark("begun")
+    for _ in range(20): time.sleep(0.05)
+    return reply(start_response, "done")
+)py",
+                  {"-w", "1", "--graceful-timeout", "3"});
+    Client client(server);
+    client.send(get_bytes("/work"));
+    REQUIRE(wait_file(server, "begun"));
+    server.signal(SIGTERM);
+    REQUIRE(server.log_has("Handling signal: term"));
+    const pid_t worker = server.workers().at(0), runner = server.runners().at(0);
+    for (const pid_t pid : {runner, worker, server.pid}) { freeze(pid); }
+    ::poll(nullptr, 0, 3500);
+    for (const pid_t pid : {runner, worker, server.pid}) { ::kill(pid, SIGCONT); }
+    CHECK(Reply(client.read_all()).body == "done");
+    CHECK(server.wait_end());
+    CHECK(server.exit_code() == 0);
+}
+
+TEST_CASE("a reload that mends the application does not wait for the next attempt of the broken") {
+    Server server(kHello, {"-w", "2"});
+    write_file(server.dir.path + "/app.py", "broken\n");
+    ::kill(server.workers().at(0), SIGKILL);
+    REQUIRE(server.log_has("Workers fail: the next starts in 4 s", 15s));
+    write_file(server.dir.path + "/app.py", kHello);
+    const vector<pid_t> before = server.workers();
+    server.signal(SIGHUP);
+    CHECK(wait_for(
+        [&] {
+            const vector<pid_t> now = server.workers();
+            return now.size() == 2 && !has_pid(before, now[0]) && !has_pid(before, now[1]);
+        },
+        2s));
+    CHECK(get(server).body == "hello\n");
+}
+
+TEST_CASE("a server that cannot start leaves no pid file and no socket") {
+    const TempDir dir;
+    const string paths[] = {dir.path + "/pid", dir.path + "/s"};
+    for (int files = 8; files < 13; ++files) {
+        CAPTURE(files);
+        write_file(dir.path + "/start", "ulimit -n " + to_string(files) + "; exec " +
+                                            server_path() + " -w 1 --python /nothing -p " +
+                                            paths[0] + " -b unix:" + paths[1]);
+        const string said = output_of("timeout 10 sh " + dir.path + "/start 2>&1");
+        CHECK(said != "");
+        for (const string& path : paths) { CHECK_FALSE(exists(path)); }
+    }
+}
+
+TEST_CASE("who cannot give the heartbeat file to --user says so at the start") {
+    if (!may_become_and_see_others().first) {
+        MESSAGE("not run: only root gives files away");
+        return;
+    }
+    const TempDir dir;
+    const string said =
+        output_of("setpriv --bounding-set=-chown,-fowner timeout 10 " + server_path() +
+                  " -u nobody -b unix:" + dir.path + "/s --python /nothing 2>&1; echo status $?");
+    CHECK_MESSAGE(contains(said, "cannot chown a file: Operation not permitted"), said);
+    CHECK_MESSAGE(contains(said, "status 3"), said);
 }
 
 TEST_CASE("reloads, upgrades, more and fewer workers, and a killed one, under load") {
