@@ -8580,18 +8580,20 @@ TEST_CASE(
 }
 
 TEST_CASE("what -e sets is the application's, and not the next master's settings") {
+    const TempDir dir;
+    const string pidfile = dir.path + "/pid";
     Server server("import os\n" + kTools + R"py(
 def sees(environ, start_response):
     return reply(start_response, os.environ["WEB_CONCURRENCY"])
 )py",
-                  {"-e", "WEB_CONCURRENCY=4"});
-    CHECK(wait_for([&] { return server.ready_workers() == 2; }));
+                  {"-e", "WEB_CONCURRENCY=4", "-p", pidfile});
+    CHECK(server.wait_ready_workers(2));
     CHECK(get(server, "/sees").body == "4");
     server.signal(SIGUSR2);
-    REQUIRE(wait_for([&] { return masters_of(server).size() == 1; }));
-    const pid_t heir = masters_of(server)[0];
+    REQUIRE(wait_for([&] { return exists(pidfile + ".2"); }));
+    const pid_t heir = read_pidfile(pidfile + ".2");
     CHECK(wait_for([&] { return server.ready_workers(heir) >= 2; }));
-    CHECK(server.ready_workers(heir) == 2);
+    CHECK(server.children(heir).size() == 2);
     server.signal(SIGTERM);
     CHECK(server.wait_end());
     CHECK(get(server, "/sees").body == "4");
