@@ -783,6 +783,7 @@ void log(Level level, const string& text) {
                                           "\n");
 }
 
+/// The groups of a user with a name; else the one group. -1: neither, errno tells why.
 int set_groups(const Config& config) {
     return config.user.empty() ? ::setgroups(1, &config.gid)
                                : ::initgroups(config.user.c_str(), config.gid);
@@ -3123,12 +3124,11 @@ private:
     //
     // A runner ends in one of these ways, and always in bury():
     //   retired    a successor serves, or nothing is left to do: its request pipes are closed, and
-    //              it leaves as any Python program does (leave_if_idle; dismiss, which limits the
-    //              time)
+    //              it leaves as any Python program does (leave_if_idle; dismiss: in limited time)
     //   hung       hung_app: SIGABRT when no other slot is awaited, or has been as long; then
     //              SIGKILL (end_runner)
-    //   useless    lose_slot: SIGKILL, for a broken protocol at once, for a closed pipe after a
-    //   second dead       by itself: SIGCHLD brings it to bury() at once
+    //   useless    lose_slot: SIGKILL, after a broken protocol at once, else in a second
+    //   dead       by itself: SIGCHLD brings it to bury() at once
 
     template <typename Action>
     void each_slot(Action action) {

@@ -4660,6 +4660,28 @@ while True:
     CHECK(get(server).body == "CONTENT_LENGTH=!\n");
 }
 
+bool alive(pid_t pid) {
+    const char state = parent_and_state(pid).second;
+    return state != ' ' && state != 'Z';
+}
+
+/// Sends TERM; whether the process has gone soon.
+bool ends_by_term(pid_t pid) {
+    ::kill(pid, SIGTERM);
+    return wait_for([&] { return !alive(pid); });
+}
+
+bool has_pid(const vector<pid_t>& pids, pid_t pid) {
+    return std::find(pids.begin(), pids.end(), pid) != pids.end();
+}
+
+/// Whether `n` workers run, none of them one of those before.
+bool all_new(const Server& server, const vector<pid_t>& before, size_t n) {
+    const vector<pid_t> now = server.workers();
+    return now.size() == n &&
+           std::none_of(now.begin(), now.end(), [&](pid_t pid) { return has_pid(before, pid); });
+}
+
 TEST_CASE("the standard error log is still stderr after a HUP, and logs are opened again") {
     const Server server(kHello, {"-w", "1"});
     const string access = server.dir.path + "/access";
@@ -4669,10 +4691,7 @@ TEST_CASE("the standard error log is still stderr after a HUP, and logs are open
     REQUIRE(::rename(access.c_str(), (access + ".1").c_str()) == 0);
     server.signal(SIGHUP);
     CHECK(server.log_has("Handling signal: hup"));
-    REQUIRE(wait_for([&] {
-        const vector<pid_t> now = server.workers();
-        return now.size() == 1 && now != before;
-    }));
+    REQUIRE(wait_for([&] { return all_new(server, before, 1); }));
     CHECK(count(server.log(), "Booting worker with pid: ") == 2);
     CHECK(get(server, "/new").status == 200);
     CHECK(server.access_has("GET /new"));
@@ -4729,15 +4748,6 @@ bool wait_file(const Server& server, const string& name, size_t size = 1) {
 void open_gate(const Server& server) { write_file(server.dir.path + "/go", ""); }
 
 string get_bytes(const string& target) { return "GET " + target + " HTTP/1.1\r\nHost: x\r\n\r\n"; }
-
-bool alive(pid_t pid) {
-    const char state = parent_and_state(pid).second;
-    return state != ' ' && state != 'Z';
-}
-
-bool has_pid(const vector<pid_t>& pids, pid_t pid) {
-    return std::find(pids.begin(), pids.end(), pid) != pids.end();
-}
 
 /// Whether nobody listens on a port of this host.
 bool refused(int port) {
@@ -5110,10 +5120,7 @@ TEST_CASE("a reload under load fails no request, and one of a broken application
     write_file(file, version("v4444"));
     server.signal(SIGHUP);
     CHECK(wait_for([&] { return get(server).body == "v4444"; }));
-    CHECK(wait_for([&] {
-        const vector<pid_t> now = server.workers();
-        return now.size() == 2 && !has_pid(before, now[0]) && !has_pid(before, now[1]);
-    }));
+    CHECK(wait_for([&] { return all_new(server, before, 2); }));
     CHECK(get(server).body == "v4444");
 }
 
@@ -7679,12 +7686,7 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
     }));
     const vector<pid_t> before = server.workers();
     server.signal(SIGHUP);
-    CHECK(wait_for(
-        [&] {
-            const vector<pid_t> now = server.workers();
-            return now.size() == 2 && !has_pid(before, now[0]) && !has_pid(before, now[1]);
-        },
-        10s));
+    CHECK(wait_for([&] { return all_new(server, before, 2); }, 10s));
     check_all();
     CHECK(run_to_end({"-u", "no-such-user", "app:app"}).code == 1);
     CHECK(run_to_end({"-g", "no-such-group", "app:app"}).code == 1);
@@ -7764,10 +7766,7 @@ TEST_CASE("a reload goes to what the name of its directory stands for by then") 
         CHECK(server.log_has("Reload failed"));
         const vector<pid_t> before = server.workers();
         for (const pid_t pid : before) { ::kill(pid, SIGKILL); }
-        CHECK(wait_for([&] {
-            const vector<pid_t> now = server.workers();
-            return now.size() == 2 && !has_pid(now, before[0]) && !has_pid(now, before[1]);
-        }));
+        CHECK(wait_for([&] { return all_new(server, before, 2); }));
         CHECK(get(server, "/release").body == "two two");
     }
 }
@@ -8493,8 +8492,7 @@ TEST_CASE("USR2 starts a new master beside the old: either may stop, and the oth
     ::kill(second, SIGKILL);
     CHECK(wait_for([&] { return read_pidfile(pidfile) == third; }));
     serves();
-    ::kill(third, SIGTERM);
-    CHECK(wait_for([&] { return !alive(third); }));
+    CHECK(ends_by_term(third));
     CHECK_FALSE(exists(pidfile));
     CHECK_FALSE(exists(path));
 }
@@ -8522,8 +8520,7 @@ TEST_CASE("a daemon upgrades to a daemon") {
     ::kill(old, SIGTERM);
     CHECK(wait_for([&] { return !alive(old) && read_pidfile(pidfile) == heir; }));
     CHECK(children(heir) == "2");
-    ::kill(heir, SIGTERM);
-    CHECK(wait_for([&] { return !alive(heir); }));
+    CHECK(ends_by_term(heir));
     CHECK_FALSE(exists(pidfile));
 }
 
@@ -8546,8 +8543,7 @@ TEST_CASE("USR2 and TERM at once: the new master takes over") {
         }
     }
     REQUIRE(heirs.size() == 1);
-    ::kill(heirs[0], SIGTERM);
-    CHECK(wait_for([&] { return !alive(heirs[0]); }));
+    CHECK(ends_by_term(heirs[0]));
 }
 
 TEST_CASE(
@@ -8573,8 +8569,7 @@ TEST_CASE(
     REQUIRE(heir > 0);
     CHECK_FALSE(exists(pidfile + ".2"));
     CHECK(exchange(Client(path), get_bytes("/")).body == "hello\n");
-    ::kill(heir, SIGTERM);
-    CHECK(wait_for([&] { return !alive(heir); }));
+    CHECK(ends_by_term(heir));
     CHECK_FALSE(exists(pidfile));
     CHECK_FALSE(exists(path));
 }
@@ -8597,8 +8592,7 @@ def sees(environ, start_response):
     server.signal(SIGTERM);
     CHECK(server.wait_end());
     CHECK(get(server, "/sees").body == "4");
-    ::kill(heir, SIGTERM);
-    CHECK(wait_for([&] { return !alive(heir); }));
+    CHECK(ends_by_term(heir));
 }
 
 TEST_CASE("a relative --worker-tmp-dir is looked for below --chdir at each reload") {
@@ -8615,10 +8609,7 @@ TEST_CASE("a relative --worker-tmp-dir is looked for below --chdir at each reloa
     output_of("rm -r " + dir.path + "/v1");
     const vector<pid_t> before = server.workers();
     server.signal(SIGHUP);
-    CHECK(wait_for([&] {
-        const vector<pid_t> now = server.workers();
-        return now.size() == 1 && now != before;
-    }));
+    CHECK(wait_for([&] { return all_new(server, before, 1); }));
     CHECK_FALSE(contains(server.log(), "No new worker"));
     CHECK(get(server).body == "hello\n");
 }
@@ -8653,12 +8644,7 @@ TEST_CASE("a reload that mends the application does not wait for the next attemp
     write_file(server.dir.path + "/app.py", kHello);
     const vector<pid_t> before = server.workers();
     server.signal(SIGHUP);
-    CHECK(wait_for(
-        [&] {
-            const vector<pid_t> now = server.workers();
-            return now.size() == 2 && !has_pid(before, now[0]) && !has_pid(before, now[1]);
-        },
-        2s));
+    CHECK(wait_for([&] { return all_new(server, before, 2); }, 2s));
     CHECK(get(server).body == "hello\n");
 }
 
@@ -8814,12 +8800,7 @@ def echo(environ, start_response):
         const vector<pid_t> before = server.workers();
         write_file(server.dir.path + "/app.py", version(generation));
         server.signal(SIGHUP);
-        CHECK(wait_for(
-            [&] {
-                const vector<pid_t> now = server.workers();
-                return now.size() == 2 && !has_pid(before, now[0]) && !has_pid(before, now[1]);
-            },
-            3s));
+        CHECK(wait_for([&] { return all_new(server, before, 2); }, 3s));
     }
     CHECK(seconds_since(begun) < 3.5);  // nobody waited for the header timeout
     CHECK(wait_for([&] { return seconds_since(begun) > 1.3; }));  // nor has a silent one less time
@@ -9020,10 +9001,7 @@ TEST_CASE("the number of workers that TTIN set outlives a reload") {
     REQUIRE(server.wait_ready_workers(2));
     const vector<pid_t> before = server.workers();
     server.signal(SIGHUP);
-    CHECK(wait_for([&] {
-        const vector<pid_t> now = server.workers();
-        return now.size() == 2 && !has_pid(before, now[0]) && !has_pid(before, now[1]);
-    }));
+    CHECK(wait_for([&] { return all_new(server, before, 2); }));
     CHECK(server.wait_ready_workers(2));
 }
 
@@ -9287,8 +9265,7 @@ TEST_CASE("the file of a unix socket that another made stays, also after an upgr
         REQUIRE(server.wait_end());
         CHECK(request_unix(path, get_bytes("/")).body == "hello\n");
         CHECK(exists(own) != systemd);
-        ::kill(heir, SIGTERM);
-        CHECK(wait_for([&] { return !alive(heir); }));
+        CHECK(ends_by_term(heir));
         CHECK(exists(path));
         CHECK_FALSE(exists(own));
     }
