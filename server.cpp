@@ -103,10 +103,16 @@ struct Error {
 /// What errno says of `what`, as a start-up error.
 Error os_error(const string& what) { return {1, what + ": " + std::strerror(errno)}; }
 
-/// Decimal. std::to_string() for one type alone makes the program half a KiB smaller.
+/// With std::to_string() the program would be half a KiB larger.
+string decimal(intmax_t number) {
+    char text[24];
+    std::snprintf(text, sizeof text, "%jd", number);
+    return text;
+}
+
 template <typename Integer>
 string to_string(Integer number) {
-    return std::to_string(static_cast<int64_t>(number));
+    return decimal(static_cast<intmax_t>(number));
 }
 
 /// Owns one descriptor. close() is never retried: after EINTR the number may be another's.
@@ -1300,8 +1306,10 @@ void notify_systemd(const Config& config, const string& state) {
     if (path.front() == '@') { name.sun_path[0] = '\0'; }
     const socklen_t size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + path.size());
     const Fd fd(::socket(AF_UNIX, SOCK_DGRAM, 0));
-    (void)::sendto(fd.get(), state.data(), state.size(), 0, reinterpret_cast<sockaddr*>(&name),
-                   size);
+    retry([&] {
+        return ::sendto(fd.get(), state.data(), state.size(), 0, reinterpret_cast<sockaddr*>(&name),
+                        size);
+    });
 }
 
 // ============================================================================
@@ -1424,7 +1432,7 @@ public:
             string_view line = in.substr(0, end);
             const bool crlf = !line.empty() && line.back() == '\r', head = at.part <= Part::Fields;
             if (crlf) { line.remove_suffix(1); }
-            if (at.part == Part::RequestLine) { request.line = line; }
+            if (at.part == Part::RequestLine) { request.line = line.substr(0, kMaxChunkLine); }
             error = check_size(line.size());
             scanned_ = end == string::npos ? in.size() : 0;
             if (!error && end == string::npos) { return Parse::NeedMore; }
@@ -2275,11 +2283,13 @@ Error start_runner(const Config& config, Runner& runner) {
         runner.started = nanoseconds(info.st_mtim);
     }
     const int list = runner.files.get();
-    Strings settings = {config.app, join(config.pythonpath), string("server/") + kVersion,
-                        config.reload ? to_string(list) : "", to_string(config.threads)};
-    for (const Fd& end : ends) { settings.push_back(to_string(end.get())); }
     string source = kRunner;
-    for (const string& each : settings) { (source += '\0') += each; }
+    for (const string& setting :
+         {config.app, join(config.pythonpath), string("server/") + kVersion,
+          config.reload ? to_string(list) : "", to_string(config.threads)}) {
+        (source += '\0') += setting;
+    }
+    for (const Fd& end : ends) { (source += '\0') += to_string(end.get()); }
     const string boot = "import sys; b = sys.stdin.buffer.read(" + to_string(source.size()) +
                         ").split(b'\\0'); exec(compile(b[0], '<server runner>', 'exec'), "
                         "{'settings': b[1:]})";
@@ -4046,14 +4056,16 @@ Error apply(Config& config) {
     const rlim_t limit = set_soft_limit(4 * FD_SETSIZE);  // again: returns what it is now
     const bool ample = limit >= 4 * FD_SETSIZE && config.threads == 1;
     config.pipes = !config.runner.empty() ? 1 : ample ? config.pipes : 2;
-    // What select() sees beside clients: two descriptors a slot, of two runners at a time. Out of
-    // its range, if there is room: other ends of pipes, those of a runner that is starting, and a
-    // file for each client.
-    const int others = 14 + 4 * config.threads + static_cast<int>(config.bind.size());
+    // What select() sees beside clients: two descriptors a slot, of two runners at a time, and what
+    // was open before this one. Out of its range, if there is room: other ends of pipes, those of a
+    // runner that is starting, and a file for each client.
+    int others = 10 + 4 * config.threads + static_cast<int>(config.bind.size());
+    for (int fd = 0; fd < FD_SETSIZE; ++fd) { others += ::fcntl(fd, F_GETFD) >= 0 ? 1 : 0; }
     const int far = 5 + (5 * config.pipes + 1) * config.threads;
     const int all = static_cast<int>(limit) - others;
     int most = std::min(FD_SETSIZE - others, (all - far) / 2);
     if (most < 1 && config.threads > 1) { return {1, "too few descriptors for so many --threads"}; }
+    if (others >= FD_SETSIZE) { return {1, "too many descriptors are open"}; }
     most = std::max(1, most);
     const rlim_t needed = std::min(limit, static_cast<rlim_t>(8 * config.threads + 20));
     config.files = std::max(config.files, needed);

@@ -3279,6 +3279,8 @@ TEST_CASE("an error page arrives although the client still sends") {
         CHECK_FALSE(client.was_reset);
     }
     CHECK_FALSE(contains(server.log(), "app saw"));
+    CHECK(server.access_has("505"));
+    CHECK(server.log().size() + server.access().size() < 20'000);  // no line as long as that head
 }
 
 TEST_CASE("100 Continue goes out after head and limits, to HTTP/1.1 only") {
@@ -6690,9 +6692,9 @@ TEST_CASE("a full worker with requests in the queue that nobody takes goes on, a
     const Server server(R"py(
 import time
 def app(environ, start_response):
-    time.sleep(0.8)
-    start_response("200 OK", [("Content-Length", "30000000")])
-    return [b"x" * 30000000]
+    time.sleep(0.4)  # the third has to begin before those behind it have waited for 2 s
+    start_response("200 OK", [("Content-Length", "8000000")])
+    return [b"x" * 8000000]
 )py",
                         {"-w", "1", "-t", "2", "--worker-connections", "2"});
     const pid_t worker = server.workers()[0];
@@ -7239,6 +7241,28 @@ TEST_CASE("64 descriptors are enough to serve, and to hold off more clients than
         ::poll(nullptr, 0, 300);
         CHECK(cpu_ticks(worker) - before < ::sysconf(_SC_CLK_TCK) / 10);
     }
+}
+
+TEST_CASE("descriptors that the server inherited are none for its clients") {
+    raise_descriptors();
+    const auto inherit = [](int most) {
+        Server::before_exec = [most] {
+            while (::dup(STDERR_FILENO) < most) {}
+        };
+    };
+    inherit(700);
+    {
+        const Server server(kTools + kHold, {"-w", "1"});
+        CHECK(server.log_has("--worker-connections lowered from 1000 to 3"));
+        const vector<Client> silent = hold(server, 500, "");
+        CHECK(answered(server, 20) == 20);
+    }
+    inherit(1200);
+    Server crowded(kTools, {"-w", "1"}, {}, false);
+    Server::before_exec = nullptr;
+    CHECK(crowded.wait_end());
+    CHECK(crowded.exit_code() == 1);
+    CHECK_MESSAGE(contains(crowded.log(), "Error: too many descriptors are open"), crowded.log());
 }
 
 TEST_CASE("a worker without a descriptor for one more client lets one go, or else rests") {
