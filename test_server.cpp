@@ -9604,7 +9604,12 @@ TEST_CASE("systemd-socket-activate hands over its socket" *
     const Program activated({"systemd-socket-activate", "-l", path, server_path(), "--chdir",
                              dir.path, "--python", "/usr/bin/python3", "--error-logfile", log,
                              "app:app"});
-    CHECK(wait_for([&] { return exists(path); }));
+    const string listens = " 00010000 0001 01 ";  // flags, type and state of one that does
+    REQUIRE(wait_for([&] {
+        const string sockets = read_file("/proc/net/unix");
+        const string line = sockets.substr(0, sockets.find(path + "\n"));
+        return line != sockets && contains(line.substr(line.rfind('\n') + 1), listens);
+    }));
     CHECK(exchange(Client(path), get_bytes("/")).body == "hello\n");
     CHECK(contains(read_file(log), "Listening at: unix:" + path));
 }
