@@ -223,9 +223,12 @@ size_t resize_pipe([[maybe_unused]] const Fd& fd, [[maybe_unused]] int bytes) {
 /// opened it, so it is a FIFO for a moment.
 Error make_fifo(string dir, Pair& ours, Fd& theirs) {
     dir += "/server-XXXXXX";
+    const mode_t mask = ::umask(0);  // one could take away what is meant for us
     const bool made_dir = ::mkdtemp(dir.data()) != nullptr;
     const string path = dir + "/fifo";
-    if (made_dir && ::mkfifo(path.c_str(), 0600) == 0) {
+    const bool made = made_dir && ::mkfifo(path.c_str(), 0600) == 0;
+    ::umask(mask);
+    if (made) {
         ours.first = raise_fd(Fd(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)));
         const int to = ours.first ? ::open(path.c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC) : -1;
         ours.second = raise_fd(Fd(to));
@@ -400,7 +403,7 @@ private:
             failed_ = false;
             return front_.swap(back_);
         }
-        front_.resize(std::min<size_t>(kPiece, static_cast<size_t>(stored())));
+        front_.resize(static_cast<size_t>(std::min<int64_t>(kPiece, stored())));
         const ssize_t n =
             retry([&] { return ::pread(file_.get(), front_.data(), front_.size(), file_begin_); });
         if (n <= 0) { std::abort(); }  // bytes are lost: no response may be sent without them
@@ -567,12 +570,12 @@ Error set_workers(Config& config, string_view text) {
     return {};
 }
 
-constexpr const char* kLevels[] = {"debug", "info", "warning", "error", "critical"};
+constexpr const char* kLevels[] = {"DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"};
 constexpr const char* kWorkerClasses[] = {"sync", "gthread"};
 
 template <const auto& Words>
 Error check_word(string_view text) {
-    const bool known = find(Words, [text](string_view word) { return word == text; });
+    const bool known = find(Words, [text](string_view word) { return same_name(word, text); });
     return known ? Error{} : Error{1, "there is no '" + string(text) + "'"};
 }
 
@@ -782,8 +785,7 @@ string local_time(const char* format) {
 
 void log(Level level, const string& text) {
     if (level < g_log.level) { return; }
-    string name = kLevels[static_cast<int>(level)];
-    for (char& c : name) { c = static_cast<char>(c - 32); }
+    const char* name = kLevels[static_cast<int>(level)];
     (void)write_all(g_log.error_file, local_time("[%Y-%m-%d %H:%M:%S %z] [") +
                                           to_string(::getpid()) + "] [" + name + "] " + text +
                                           "\n");
@@ -814,7 +816,8 @@ public:
 
 private:
     const bool changed_;
-    gid_t group_ = ::getegid(), groups_[NGROUPS_MAX];
+    gid_t group_ = ::getegid();
+    static inline gid_t groups_[NGROUPS_MAX];  // too many for a small stack
     int count_ = std::max(::getgroups(NGROUPS_MAX, groups_), 0);
 };
 
@@ -867,7 +870,8 @@ Error open_log(const Config& config, const string& path, int standard, Fd& file)
 }
 
 Error open_logs(const Config& config) {
-    g_log.level = Level(std::find(kLevels, std::end(kLevels), config.loglevel) - kLevels);
+    const auto named = [&](string_view level) { return same_name(level, config.loglevel); };
+    g_log.level = Level(find(kLevels, named) - kLevels);
     const Error error = open_log(config, config.errorlog, STDERR_FILENO, g_log.error_file);
     for (const int fd : {STDOUT_FILENO, STDERR_FILENO}) {
         if (config.detached) { ::dup2(g_log.error_file.get(), fd); }
@@ -1010,6 +1014,7 @@ Error parse_address(string_view text, Address& a) {
         a.path = text.substr(text.substr(5, 2) == "//" ? 7 : 5);
         return a.path.empty() || a.path.size() >= sizeof(sockaddr_un::sun_path) ? bad : Error{};
     }
+    if (text.substr(0, 6) == "tcp://") { text.remove_prefix(6); }
     a.v6 = text.substr(0, 1) == "[";
     const size_t colon = text.find(':', a.v6 ? text.find(']') : 0);
     const string_view host = text.substr(0, colon);
@@ -1849,6 +1854,7 @@ Response error_response(int status, string& body) {
 // ============================================================================
 constexpr char kRunner[] = R"py(
 import _thread, faulthandler, fcntl, importlib, io, os, select, sys
+from _signal import SIG_BLOCK, SIG_DFL, SIG_UNBLOCK, SIGTERM, getsignal, pthread_sigmask, signal
 
 class Gone(SystemExit): "The worker has gone, or wants no more."
 
@@ -1857,30 +1863,35 @@ class Body(io.RawIOBase):
     readable = lambda self: True  # what io.BufferedReader asks
 
     def __init__(self, response):
-        self.response = response
+        self.response, self.size = response, response.slot.left
 
     def readinto(self, buffer):
-        slot = self.response.slot
-        data = slot.take(len(buffer)) if slot and slot.left else b""
+        with self.response.lock:
+            slot = self.response.slot
+            data = slot.take(len(buffer)) if slot and slot.left else b""
         buffer[:len(data)] = data
         return len(data)
 
+class Input(io.BufferedReader):
+    def read(self, size=-1):  # room is made for all that it is asked for
+        return super().read(size if size is not None and 0 <= size <= self.raw.size else -1)
+
 class Response:
-    """start_response() and write() of one request; inert once it is over."""
+    """start_response() and write() of one request; inert once it is over. A thread of the
+    application may read, or write(), beside the request and after its end: hence the lock."""
     def __init__(self, slot):
         self.slot, self.head, self.started, self.lock = slot, None, False, _thread.RLock()
 
     def start_response(self, status, headers, exc_info=None):
         if exc_info and self.started: raise exc_info[1].with_traceback(exc_info[2])
         if self.head and not exc_info: raise AssertionError("start_response was called twice")
-        head = ""
-        for name, value in [("Status", status), *headers]:
+        head, fields = "", [("Status", status), *headers]
+        for name, value in fields:
             if not isinstance(name, str) or not isinstance(value, str):
                 raise TypeError("not a str in the status or the headers: %r" % ((name, value),))
-            if ":" in name:
-                raise ValueError("a colon in the header name %r" % name)
+            if ":" in name: raise ValueError("a colon in the header name %r" % name)
             head += name + ": " + value + "\n"
-        if head.count("\n") != len(headers) + 1:
+        if head.count("\n") != len(fields):
             raise ValueError("a line break in the status or the headers: %r" % head)
         self.head = head.encode("latin-1") + b"\n"
         return self.write
@@ -1897,9 +1908,8 @@ class Response:
         return [b"%d:" % size, *items, b","] if size else []
 
     def write(self, data):
-        with self.lock:  # a thread of the application may go on after the end
-            if self.slot and self.slot.client_gone():
-                raise BrokenPipeError("the client has gone")
+        with self.lock:
+            if self.slot and self.slot.client_gone(): raise BrokenPipeError("the client has gone")
             if self.slot and data != b"":  # the head waits for the first non-empty piece
                 self.slot.write(self.frame([data]))
 
@@ -1920,8 +1930,7 @@ class Slot:
             sent = os.writev(self.replies, parts) if len(parts) <= self.most_parts else 0
             size = sum(map(len, parts))
             data = memoryview(b"".join(parts)) if sent < size else b""
-            while sent < size:
-                sent += os.write(self.replies, data[sent:])
+            while sent < size: sent += os.write(self.replies, data[sent:])
         except BaseException:  # a signal handler's: nothing can follow half a frame
             report()
             os._exit(1)
@@ -1954,15 +1963,12 @@ class Slot:
 
     def serve(self, base):
         try:
-            while True:
-                self.serve_one(base)
-        except Gone:
-            pass
+            while True: self.serve_one(base)
+        except Gone: pass
 
     def serve_one(self, base):
         block = self.netstring()
-        if b"\0" not in block:  # empty: "the client has gone", too late
-            return block and reopen(block)
+        if b"\0" not in block: return block and reopen(block)  # empty: of a client that has gone
         words = iter(block.decode("latin-1").split("\0"))
         environ = base.copy()
         environ.update(zip(words, words))
@@ -1971,17 +1977,16 @@ class Slot:
         if self.left <= len(self.pending):
             environ["wsgi.input"] = io.BytesIO(self.take(self.left) if self.left else b"")
         else:
-            environ["wsgi.input"] = io.BufferedReader(Body(response), 65536)
+            environ["wsgi.input"] = Input(Body(response), 65536)
         self.answer(environ, response)
         self.pending, self.index = b"", (self.index + 1) % len(self.requests)
-        if self.files:
-            list_files(*self.files)
+        if self.files: list_files(*self.files)
 
     def end(self, response, parts, mark):
         """The last of a response. Once the mark is out the worker fills the pipes again."""
-        while self.left:
-            self.take(65536)
-        with response.lock: response.slot = None
+        with response.lock:
+            response.slot = None
+            while self.left: self.take(65536)
         self.write(parts + [mark])
 
     def answer(self, environ, response):
@@ -1992,24 +1997,21 @@ class Slot:
                 parts = response.frame(items)
             else:
                 for item in items:
-                    if self.client_gone():
-                        break
-                    if item != b"": self.write(response.frame([item]))
+                    with response.lock:
+                        if self.client_gone(): break
+                        if item != b"": self.write(response.frame([item]))
                 parts = response.frame([])
             if hasattr(items, "close"):  # for which the client need not wait
                 self.end(response, parts, b"0:;")
                 parts = []
-        except Gone:
-            raise
+        except Gone: raise
         except self.failures:
             report()
             parts, mark, response.slot = [], b"0:!", None
         finally:
             try:
-                if hasattr(items, "close"):
-                    items.close()
-            except self.failures:
-                report()
+                if hasattr(items, "close"): items.close()
+            except self.failures: report()
         self.end(response, parts, mark)
 
 class file_wrapper:
@@ -2023,27 +2025,28 @@ class file_wrapper:
 def list_files(list_fd, told, names=()):
     """With --reload: the files that modules come from, and others, each once."""
     modules = list(sys.modules.values())  # of which no code runs for their names
-    for name in [*names, *(getattr(module, "__dict__", {}).get("__file__") for module in modules)]:
-        if isinstance(name, str) and name not in told:
-            told.add(name)
-            os.write(list_fd, os.fsencode(name) + b"\0")
+    names = [*names, *(getattr(module, "__dict__", {}).get("__file__") for module in modules)]
+    try:
+        for name in names:
+            if isinstance(name, str) and name not in told:
+                told.add(name)
+                os.write(list_fd, os.fsencode(name) + b"\0")
+    except OSError: report()
 
 def report():
     try:
         import traceback  # which takes its time, and is hardly ever wanted
         os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
-    except Exception:  # a full disk, no descriptor
-        pass
+    except Exception: pass  # a full disk, no descriptor
 
 def reopen(path):
     """Moves what is printed to the new error log."""
     try:
         with open(path, "ab", 0) as log:
             for fd in (1, 2): os.dup2(log.fileno(), fd)
-    except OSError:
-        report()
+    except OSError: report()
 
-def main(name, paths, software, files, threads, *fds):
+def main(name, paths, software, several, files, threads, *fds):
     faulthandler.enable()  # SIGABRT, and crashes, print the stack of every thread
     most = os.sysconf("SC_OPEN_MAX")
     high = min(1020 - len(fds), most // 2, most - 2 * len(fds))  # where select() sees them
@@ -2054,15 +2057,18 @@ def main(name, paths, software, files, threads, *fds):
         os.close(int(fd))
         return moved
 
-    def put_null(fds):
+    def after_fork():  # the bridge is not for a child, and neither is `stay`
         with open(os.devnull, "r+b", 0) as null:
-            for fd in fds: os.dup2(null.fileno(), fd, fd < 3)
+            for fd in pipes: os.dup2(null.fileno(), fd, False)
+        Slot.failures = Exception
+        if getsignal(SIGTERM) is stay: signal(SIGTERM, SIG_DFL)
+        mask(SIG_UNBLOCK, [SIGTERM])
 
     pipes = [raise_fd(fd) for fd in fds]
-    put_null([0])
-    os.dup2(2, 1)
-    os.register_at_fork(after_in_child=lambda: put_null(pipes))  # the bridge is not for them
-    os.register_at_fork(after_in_child=lambda: setattr(Slot, "failures", Exception))
+    stay, mask = lambda *_: None, pthread_sigmask
+    signal(SIGTERM, stay)  # to every process of a service: the server ends this one in time
+    os.register_at_fork(before=lambda: mask(SIG_BLOCK, [SIGTERM]), after_in_child=after_fork,
+                        after_in_parent=lambda: mask(SIG_UNBLOCK, [SIGTERM]))
     sys.path[:sys.path[0] == ""] = [os.getcwd()]  # "" would follow os.chdir()
     sys.path[:0] = [os.path.abspath(path) for path in paths.split(",") if path]
     names = []
@@ -2082,17 +2088,16 @@ def main(name, paths, software, files, threads, *fds):
         list_files(*Slot.files, names)
     each = len(pipes) // int(threads)
     slots = [Slot(pipes[i:i + each], app) for i in range(0, len(pipes), each)]
-    base = {"wsgi.version": (1, 0), "wsgi.errors": sys.stderr, "SERVER_SOFTWARE": software,
-            "wsgi.multithread": len(slots) > 1, "wsgi.multiprocess": True, "wsgi.run_once": False,
-            "wsgi.file_wrapper": file_wrapper, "wsgi.input_terminated": True}
+    base = {"wsgi.errors": sys.stderr, "wsgi.multithread": len(slots) > 1, "wsgi.run_once": False,
+            "wsgi.file_wrapper": file_wrapper, "SERVER_SOFTWARE": software, "wsgi.version": (1, 0),
+            "wsgi.multiprocess": bool(several), "wsgi.input_terminated": True}
     threads = []
     for slot in slots[1:]:
         import threading  # which takes its time, too
         Slot.failures = BaseException  # sys.exit() would end the thread, or those beside it
         threads.append(threading.Thread(target=slot.serve, args=(base,), daemon=True))
         threads[-1].start()
-    if app is not None:
-        slots[0].write([b"0:,"])
+    if app is not None: slots[0].write([b"0:,"])
     slots[0].serve(base)
     for thread in threads: thread.join()
 
@@ -2116,7 +2121,7 @@ public:
     Event next(string_view& in, string_view& piece) {
         while (!in.empty()) {
             const char c = in.front();
-            piece = in.substr(0, left_);
+            piece = in.substr(0, static_cast<size_t>(std::min<uint64_t>(left_, in.size())));
             left_ -= piece.size();
             in.remove_prefix(std::max<size_t>(piece.size(), 1));
             if (!piece.empty()) { return Event::Piece; }
@@ -2131,7 +2136,7 @@ public:
                 in_payload_ = true;
                 digits_ = 0;
             } else if (is_digit(c) && digits_++ < 12) {
-                size_ = size_ * 10 + static_cast<size_t>(c - '0');
+                size_ = size_ * 10 + static_cast<uint64_t>(c - '0');
             } else {
                 return Event::Bad;
             }
@@ -2140,7 +2145,7 @@ public:
     }
 
 private:
-    size_t size_ = 0, left_ = 0;
+    uint64_t size_ = 0, left_ = 0;
     int digits_ = 0;
     bool in_payload_ = false;
 };
@@ -2192,14 +2197,14 @@ struct Runner {
     Phase phase = Phase::Booting;
     pid_t pid = -1;
     std::vector<Slot> slots;
-    bool new_log = false;          // it has to be told where the error log is
-    Time kill_at = Time::max();    // when end_runner() is due, for one that should be gone
-    int signal = 0;                // the last signal that we sent it
-    bool dead = false;             // it has ended; what it still said is being read
-    int64_t left = INT64_MAX;      // requests until its successor is started
-    Fd files;                      // with --reload: the list of the files that it has loaded,
-    std::vector<int64_t> watched;  // and when these were modified
-    int64_t started = 0;           // before it loaded any, on the clock of files
+    bool new_log = false;        // it has to be told where the error log is
+    Time kill_at = Time::max();  // when end_runner() is due, for one that should be gone
+    int signal = 0;              // the last signal that we sent it
+    bool dead = false;           // it has ended; what it still said is being read
+    int64_t left = INT64_MAX;    // requests until its successor is started
+    Fd files;                    // with --reload: the list of the files that it has loaded,
+    Strings watched;             // and when these were modified
+    int64_t started = 0;         // before it loaded any, on the clock of files
 
     string name() const { return "Runner (pid:" + to_string(pid) + ") "; }  // for logs
 
@@ -2236,19 +2241,20 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     return {};
 }
 
-/// In the forked child: becomes the runner. Its ends of the pipes alone go with it: of the first
-/// slot as standard input and output, and for Python all of them, as they are.
+/// In the forked child: becomes the runner. Its ends of the pipes alone go with it: for Python as
+/// they are, so that nothing that starts it can read or print there; else as standard input and
+/// output.
 [[noreturn]] void exec_runner(const Config& config, const std::vector<Fd>& ends, const string& boot,
                               pid_t worker) {
     for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
     ::setpgid(0, 0);  // Ctrl-C is for the server; and what the application forks can be ended too
     set_signals({SIGTTOU}, SIG_IGN);  // it prints to the terminal, in the background though it is
-    for (const Fd& end : ends) {
-        ::fcntl(end.get(), F_SETFD, config.runner.empty() ? 0 : FD_CLOEXEC);
-    }
-    ::dup2(ends[0].get(), STDIN_FILENO);
-    ::dup2(ends[static_cast<size_t>(config.pipes)].get(), STDOUT_FILENO);
-    ::dup2(g_log.error_file.get(), STDERR_FILENO);
+    const bool is_python = config.runner.empty();
+    for (const Fd& end : ends) { ::fcntl(end.get(), F_SETFD, is_python ? 0 : FD_CLOEXEC); }
+    const Fd null(::open("/dev/null", O_RDWR | O_CLOEXEC)), &log_file = g_log.error_file;
+    ::dup2((is_python ? null : ends[0]).get(), STDIN_FILENO);
+    ::dup2((is_python ? log_file : ends[static_cast<size_t>(config.pipes)]).get(), STDOUT_FILENO);
+    ::dup2(log_file.get(), STDERR_FILENO);
     set_soft_limit(config.files);
 #ifdef __linux__
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -2257,12 +2263,12 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     block_signals(false);
     const string label = "server: runner [" + config.proc_name + "]";
     const char* python = config.python.c_str();
-    if (config.runner.empty()) {
+    if (is_python) {
         ::execlp(python, python, "-u", "-c", boot.c_str(), label.c_str(), nullptr);
     } else {
         ::execl("/bin/sh", "sh", "-c", ("exec " + config.runner).c_str(), nullptr);
     }
-    const string program = config.runner.empty() ? config.python : "/bin/sh";
+    const string program = is_python ? config.python : "/bin/sh";
     log(Level::Error, os_error("cannot run " + program).text);
     ::_exit(kWorkerBootError);
 }
@@ -2286,11 +2292,13 @@ Error start_runner(const Config& config, Runner& runner) {
     string source = kRunner;
     for (const string& setting :
          {config.app, join(config.pythonpath), string("server/") + kVersion,
-          config.reload ? to_string(list) : "", to_string(config.threads)}) {
+          config.workers > 1 ? string("1") : "", config.reload ? to_string(list) : "",
+          to_string(config.threads)}) {
         (source += '\0') += setting;
     }
     for (const Fd& end : ends) { (source += '\0') += to_string(end.get()); }
-    const string boot = "import sys; b = sys.stdin.buffer.read(" + to_string(source.size()) +
+    const string boot = "b = open(" + to_string(ends[0].get()) + ", 'rb', closefd=False).read(" +
+                        to_string(source.size()) +
                         ").split(b'\\0'); exec(compile(b[0], '<server runner>', 'exec'), "
                         "{'settings': b[1:]})";
     const pid_t worker = ::getpid();
@@ -2532,18 +2540,27 @@ private:
     /// Unless it is now, what has been accepted is served, and what waits in the backlog accepted.
     void stop(Stop how) {
         stop_ = std::max(stop_, how);
-        for (const Listener& each : listeners_) {
-            for (int i = 0; booted_ && stop_ != Stop::Now && i < config_.backlog; ++i) {
-                const bool full = connected_ >= config_.worker_connections;
-                while (full && !ready_.empty() && enqueue(*ready_.front())) {}  // makes room
-                if (!accept_client(each)) { break; }
-            }
-        }
+        if (booted_ && closing_.empty()) { closing_ = std::move(listeners_); }
         listeners_.clear();
+        empty_backlog();
+        if (stop_ != Stop::Drain) { closing_.clear(); }  // others serve the rest
         next_tick_ = now_;  // which dismisses the runner if nothing is left to do
         for (const auto& c : connections_) {
             if (!c || !c->silent() || how == Stop::Leave) { continue; }  // or handed over
             c->deadline = std::min(c->deadline, now_ + 1s);  // silent, but perhaps on its way
+        }
+    }
+
+    /// Accepts what waits at the listeners, as there is room for it, but no more than their backlog
+    /// holds: more may come all the time.
+    void empty_backlog() {
+        for (; stop_ != Stop::Now && !closing_.empty(); closing_.pop_back(), closed_ = 0) {
+            for (accept_again_ = now_; closed_ < config_.backlog; ++closed_) {
+                const bool full = connected_ >= config_.worker_connections;
+                while (full && !ready_.empty() && enqueue(*ready_.front())) {}  // makes room
+                if (!accept_client(closing_.back())) { break; }
+            }
+            if (accept_again_ > now_) { return; }  // no room, for now
         }
     }
 
@@ -2556,13 +2573,15 @@ private:
         show_title();
         const Time until = prepare(reads, writes);
         wait_ready(max_fd_, reads, writes, all ? until : std::min(until, look_again_));
-        const Time woken = now_ = Clock::now();
+        const Time before = now_, woken = now_ = Clock::now();
         if (all) { look_again_ = now_ + kColdDelay; }
         const auto is_set = [](const Fd& fd, const fd_set& set) {
             return fd && FD_ISSET(fd.get(), &set);
         };
         if (is_set(g_self_pipe.first, reads)) { handle_signals(); }
+        const bool frozen = woken > before + 1500ms;  // perhaps with the runner
         each_slot([&](Slot& slot) {
+            if (frozen && slot.deadline < Time::max()) { slot.deadline += woken - before; }
             if (is_set(slot.copy, writes)) { feed_runner(slot); }
             if (is_set(slot.from, reads)) { read_runner(slot); }
         });
@@ -2584,6 +2603,7 @@ private:
         run_requests();
         if (called && last_accept_ < woken) { came_too_late(woken); }
         pass_on();
+        empty_backlog();
         if (now_ >= next_tick_) { tick(); }
     }
 
@@ -2662,7 +2682,8 @@ private:
         hot_ = std::exchange(fresh_, fd_set{});
         for (const auto& c : connections_) {
             if (!c || now_ < c->deadline) { continue; }
-            expire(*c);
+            if (c->state <= State::ReadBody) { read_client(*c); }  // perhaps it has come
+            if (now_ >= c->deadline) { expire(*c); }
             settle(*c);
         }
         tick_runners();
@@ -3199,7 +3220,8 @@ private:
         const size_t size = head.size() + body.size();
         const Fd& pipe = slot.pipe_of(slot.turns.size()).second;
         const bool fits = c.body.stored() == 0 && size <= slot.ahead_bytes;
-        const bool sent = fits && write_parts(pipe, head, {body}) > 0;
+        const ssize_t n = fits ? write_parts(pipe, head, {body}) : -1;
+        const bool sent = n == static_cast<ssize_t>(size);
         if (slot.busy() && !sent) { return false; }
         set_state(c, State::Run);
         slot.turns.push_back({&c, sent ? size : 0, ""});
@@ -3207,6 +3229,7 @@ private:
         if (!sent) {
             slot.out = std::exchange(c.body, Spool());
             slot.out.prepend(head);
+            slot.out.pop(static_cast<size_t>(std::max<ssize_t>(n, 0)));
         }
         begin_request(slot);
         feed_runner(slot);
@@ -3328,7 +3351,8 @@ private:
     void reply_body(Connection& c, string_view piece) {
         if (c.bodyless) { return; }
         if (c.left >= 0) {
-            const string_view fits = piece.substr(0, static_cast<size_t>(c.left));
+            const string_view fits =
+                piece.substr(0, static_cast<size_t>(std::min<int64_t>(c.left, INT_MAX)));
             c.left -= static_cast<int64_t>(fits.size());
             if (fits.size() < piece.size() && !std::exchange(c.too_long, true)) {
                 log_about(c, Level::Error, "The response is longer than its Content-Length");
@@ -3487,6 +3511,7 @@ private:
     /// To a hung runner SIGABRT, at which faulthandler prints the stacks; to others SIGKILL, with
     /// all that they forked.
     void end_runner(Runner& runner) const {
+        if (runner.dead) { return; }
         const bool hung = runner.phase == Phase::Hung;
         runner.phase = Phase::Dying;
         runner.signal = hung ? SIGABRT : SIGKILL;
@@ -3538,30 +3563,35 @@ private:
     /// A runner has ended: its requests are answered and, unless it was to go, another will start.
     void bury(std::list<Runner>::iterator found, int status) {
         Runner& runner = *found;
-        const bool retired = runner.phase == Phase::Retired;
         runner.dead = true;
         for (Slot& slot : runner.slots) {
             while (slot.from && read_runner(slot)) {}  // what it still said counts
             take_back(slot, 0);
         }
+        const bool retired = runner.phase == Phase::Retired && !runner.busy();
         std::list<Runner> gone;
         gone.splice(gone.begin(), runners_, found);
         if (WIFSIGNALED(status)) { ::kill(-runner.pid, SIGKILL); }
-        std::vector<Connection*> lost;
         string lines;
         if (runner.busy()) { failures_ = 0; }  // it has ended over a request
         for (const Slot& slot : runner.slots) {
             for (const Turn& turn : slot.turns) {
                 if (turn.client == nullptr) { continue; }
-                lost.push_back(turn.client);
                 (lines += lines.empty() ? ": " : ", ") += escape(request_line(turn));
             }
         }
+        const bool ours = WIFSIGNALED(status) && runner.signal != 0;
         if ((has_work() && !retired) || (status != 0 && runner.signal == 0)) {
-            log(Level::Error, runner.name() + exit_text(status) +
-                                  (runner.signal != 0 ? ", sent by this server" : "") + lines);
+            log(Level::Error,
+                runner.name() + exit_text(status) + (ours ? ", sent by this server" : "") + lines);
         }
-        for (Connection* c : lost) { end_response(*c, false, {502, "the runner died"}); }
+        for (const Slot& slot : runner.slots) {
+            for (const Turn& turn : slot.turns) {
+                if (turn.client != nullptr) {
+                    end_response(*turn.client, false, {502, "the runner died"});
+                }
+            }
+        }
         if (has_work() && !retired) { runner_failed(status); }
     }
 
@@ -3599,13 +3629,13 @@ private:
         string changed;
         for (size_t i = 0; i < names.size(); ++i) {
             struct stat info = {};
+            if (i == runner->watched.size()) { runner->watched.emplace_back(string_view()); }
             if (::stat(names[i].c_str(), &info) < 0) { continue; }  // an editor replaces it
-            if (i >= runner->watched.size()) { runner->watched.resize(i + 1); }
             const int64_t modified = nanoseconds(info.st_mtim);
-            const int64_t before = std::exchange(runner->watched[i], modified);
+            const string before = std::exchange(runner->watched[i], to_string(modified));
             const bool future = info.st_mtim.tv_sec > std::time(nullptr);
-            const bool other =
-                before != 0 ? modified != before : modified > runner->started && !future;
+            const bool other = before.empty() ? modified > runner->started && !future
+                                              : before != to_string(modified);
             if (other) { changed = names[i]; }
         }
         if (changed.empty()) { return; }
@@ -3630,8 +3660,10 @@ private:
 
     const Config& config_;
     std::vector<Listener>& listeners_;
-    const Pair& queue_;  // first is sent into, second received from
-    const Fd& tmp_;      // the heartbeat file
+    std::vector<Listener> closing_;  // once it stops: those at whom somebody may wait still,
+    int closed_ = 0;                 // and how many have been accepted from the last of these
+    const Pair& queue_;              // first is sent into, second received from
+    const Fd& tmp_;                  // the heartbeat file
     const Fd arbiter_;
     const pid_t arbiter_pid_;
     std::list<Runner> runners_;                            // one serves; others boot or leave
@@ -4069,12 +4101,11 @@ Error apply(Config& config) {
     most = std::max(1, most);
     const rlim_t needed = std::min(limit, static_cast<rlim_t>(8 * config.threads + 20));
     config.files = std::max(config.files, needed);
+    Fd probe;
     if (config.worker_tmp_dir.empty()) {  // a disk that stalls must not look like a dead worker
-        const bool shm = ::faccessat(AT_FDCWD, "/dev/shm", W_OK | X_OK, AT_EACCESS) == 0;
-        config.worker_tmp_dir = shm ? "/dev/shm" : temp_dir();
+        config.worker_tmp_dir = make_temp_file("/dev/shm", probe) ? temp_dir() : "/dev/shm";
     }
     config.worker_tmp_dir = absolute(config.chdir, config.worker_tmp_dir);
-    Fd probe;
     for (const string& dir : {config.worker_tmp_dir, temp_dir()}) {
         if (Error error = make_temp_file(dir, probe)) { return error; }
     }
@@ -4098,6 +4129,7 @@ Error apply(Config& config) {
 /// --check-config: does the application load, as the user that workers are?
 int check_app(const Config& config) {
     Runner runner;
+    set_signals({SIGCHLD}, SIG_DFL);  // were it ignored, no status would come
     Error error = drop_privileges(config);
     if (!error) { error = start_runner(config, runner); }
     if (error) { return log(Level::Error, error.text), kWorkerBootError; }
@@ -4114,9 +4146,9 @@ int check_app(const Config& config) {
 
 /// Takes over inherited sockets or else, but not with --check-config, binds all addresses.
 Error bind_all(const Config& config, std::vector<Listener>& listeners) {
-    std::vector<Address> addresses;
-    for (const string& text : config.bind) {
-        if (Error error = parse_address(text, addresses.emplace_back())) { return error; }
+    for (const string& text : config.bind) {  // all of them, before the first is bound
+        Address address;
+        if (Error error = parse_address(text, address)) { return error; }
     }
     string_view inodes = config.inodes;
     for (int fd = 3; fd < 3 + config.inherited; ++fd) {
@@ -4126,7 +4158,9 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
         if (parse_number(cut(inodes, ':'), inode)) { made.inode = static_cast<ino_t>(inode); }
     }
     if (config.check_config || config.inherited > 0) { return {}; }
-    for (const Address& address : addresses) {
+    for (const string& text : config.bind) {
+        Address address;
+        (void)parse_address(text, address);
         Listener& made = listeners.emplace_back();
         for (int tries = 0;; ++tries) {
             errno = 0;

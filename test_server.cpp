@@ -5723,6 +5723,8 @@ def app(environ, start_response):
                            "f.read(5)",
                            "[f.read(3) for _ in range(4)]",
                            "(f.read(10**9), f.read(1), f.read())",
+                           "(f.read(3), f.read(10**12), f.read(-2))",
+                           "(f.read(2**63 - 1), f.read(1), f.read(None))",
                            "f.readline()",
                            "f.readline(2)",
                            "(f.readline(100), f.readline(), f.readline())",
@@ -6138,7 +6140,7 @@ def plain(environ, start_response):
         old = signal.signal(number, lambda n, frame: got.append(n))
         os.kill(os.getpid(), number)
         signal.signal(number, old)
-        assert old == signal.SIG_DFL, (number, old)
+        assert old == signal.SIG_DFL or number == signal.SIGTERM, (number, old)
     assert got == [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD], got
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -6282,6 +6284,99 @@ TEST_CASE("in the application signals, children, threads and files are as in pla
     CHECK(wait_file(server, "in_background"));
 }
 
+TEST_CASE("what is printed or read while Python starts has nothing to do with the bridge") {
+    const TempDir dir;
+    write_file(dir.path + "/sitecustomize.py",
+               "import subprocess, sys\nprint('early', repr(sys.stdin.read()), flush=True)\n"
+               "subprocess.call(['sh', '-c', 'echo of a child; cat'])\n");
+    const Server server(kHello, {"-w", "1"}, {"PYTHONPATH=" + dir.path});
+    CHECK(get(server).body == "hello\n");
+    CHECK(contains(server.log(), "early ''\nof a child\n"));
+}
+
+TEST_CASE("a TERM to every process of the server stops it gracefully; what forks has the default") {
+    Server server(kTools + R"py(
+def child(environ, start_response):
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(20)
+        os._exit(0)
+    os.kill(pid, signal.SIGTERM)
+    return reply(start_response, os.waitpid(pid, 0)[1])
+
+def own(environ, start_response):
+    before = signal.signal(signal.SIGTERM, lambda number, frame: os._exit(6))
+    pid = os.fork()
+    if pid == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+    return reply(start_response, os.waitpid(pid, 0)[1] >> 8)
+)py",
+                  {"-w", "1"});
+    CHECK(get(server, "/child").body == "15");
+    CHECK(get(server, "/own").body == "6");
+    Client client(server);
+    client.send(get_bytes("/gate"));
+    REQUIRE(wait_file(server, "at_gate"));
+    for (const pid_t pid : {server.workers().at(0), server.runners().at(0), server.pid}) {
+        ::kill(pid, SIGTERM);
+    }
+    CHECK(server.log_has("Handling signal: term"));
+    open_gate(server);
+    CHECK(Reply(client.read_all()).body == "through");
+    CHECK(server.wait_end());
+    CHECK(server.exit_code() == 0);
+}
+
+TEST_CASE("wsgi.multiprocess tells whether there are several workers") {
+    for (const char* workers : {"1", "2"}) {
+        const Server server(kTools + R"py(
+def several(environ, start_response):
+    return reply(start_response, environ["wsgi.multiprocess"])
+)py",
+                            {"-w", workers, "--log-level", "Info", "-b", "tcp://127.0.0.1:0"});
+        CHECK(get(server, "/several").body == (workers == string("1") ? "False" : "True"));
+        CHECK(contains(server.log(), "[INFO] Booting worker"));
+        CHECK_FALSE(contains(server.log(), "[DEBUG]"));
+    }
+}
+
+TEST_CASE("threads of an application that read, and write, beside their request harm no other") {
+    Server server(kTools + R"py(
+def reads(environ, start_response):
+    def run():
+        while environ["wsgi.input"].read(1000): pass
+        mark("ended")
+    threading.Thread(target=run).start()
+    return reply(start_response, "accepted", "202 Accepted")
+
+def writes(environ, start_response):
+    write = start_response("200 OK", [])
+    def run():
+        for _ in range(50): write(b"w" * 200000)
+    thread = threading.Thread(target=run)
+    thread.start()
+    for _ in range(50): yield b"i" * 300000
+    thread.join()
+
+def headers(environ, start_response):
+    start_response("200 OK", (pair for pair in [("A", "b")]))
+    return [b"of a generator"]
+)py",
+                  {"-w", "1", "--threads", "2", "-t", "3"});
+    const string large(1500000, 'x');
+    for (size_t i = 1; i <= 4; ++i) {
+        CHECK(request(server.port(), post_bytes("/reads", large, false)).status == 202);
+        for (int n = 0; n < 20; ++n) { CHECK(get(server, "/hello").body == "hello"); }
+        CHECK(wait_file(server, "ended", i));
+    }
+    const string body = get(server, "/writes", 20s).body;
+    CHECK(count(body, "w") == 10000000);
+    CHECK(body.size() == 25000000);
+    CHECK(get(server, "/headers").body == "of a generator");
+    CHECK_FALSE(contains(server.log(), "broke the protocol"));
+}
+
 TEST_CASE("an application that spoils its descriptors harms itself alone") {
     Server server(kSystemApp, {"-w", "1"});
     for (const char* target : {"/closes_low", "/writes_all", "/closes_all"}) {
@@ -6384,6 +6479,48 @@ TEST_CASE("a runner that closes its pipe and stays is ended, and its client gets
                              "sh -c 'printf 0:,; head -c 1 >/dev/null; exec sleep 600 >&-'"});
     CHECK(get(server).status == 502);
     CHECK(server.log_has("was ended by signal 9 (Killed), sent by this server: GET /"));
+}
+
+TEST_CASE("a runner that answers before it reads the body gets the whole of the next request") {
+    Server server(R"py(
+import os, sys, time
+
+def frame(data): os.write(1, b"%d:%s," % (len(data), data))
+
+def take(size):
+    data = b""
+    while len(data) < size: data += os.read(0, size - len(data)) or sys.exit()
+    return data
+
+frame(b"")
+while True:
+    size = b""
+    while not size.endswith(b":"): size += take(1)
+    block = take(int(size[:-1]) + 1)
+    length = int(block.split(b"\0")[1] or 0)
+    if b"/early" not in block: body = take(length)
+    frame(b"Status: 200 OK\n\n%d" % length)
+    frame(b"")
+    if b"/early" in block:
+        while not os.path.exists("go"): time.sleep(0.01)
+        take(length)
+)py",
+                  {"-w", "1", "-t", "3", "--runner", "/usr/bin/python3 app.py"});
+    const pid_t worker = server.workers().at(0);
+    CHECK(request(server.port(), post_bytes("/early", string(60000, 'a'), false)).body == "60000");
+    Client client(server);
+    client.send(post_bytes("/next", string(30000, 'b'), false));
+    const string title = "/proc/" + to_string(worker) + "/cmdline";
+    CHECK(wait_for([&] { return contains(read_file(title), "POST /next"); }));
+    open_gate(server);
+    CHECK(Reply(client.read_all()).body == "30000");
+}
+
+TEST_CASE("a runner that ends by itself is not said to have been ended") {
+    Server server("", {"-w", "1", "--runner", "sh -c 'printf x; exit 7'"}, {}, false);
+    CHECK(server.wait_end());
+    CHECK(server.log_has("exited with status 7"));
+    CHECK_FALSE(contains(server.log(), "status 7, sent by this server"));
 }
 
 TEST_CASE("a request that a dying runner has not read is the next one's") {
@@ -8658,6 +8795,99 @@ def work(environ, start_response):
     CHECK(Reply(client.read_all()).body == "done");
     CHECK(server.wait_end());
     CHECK(server.exit_code() == 0);
+}
+
+TEST_CASE("a request does not run out of time while all processes are stopped") {
+    Server server(kTools, {"-w", "1", "-t", "2"});
+    const pid_t worker = server.workers().at(0), runner = server.runners().at(0);
+    Client client(server);
+    client.send(get_bytes("/gate"));
+    REQUIRE(wait_file(server, "at_gate"));
+    for (const pid_t pid : {runner, worker, server.pid}) { freeze(pid); }
+    ::poll(nullptr, 0, 3000);
+    for (const pid_t pid : {server.pid, worker, runner}) { ::kill(pid, SIGCONT); }
+    ::poll(nullptr, 0, 300);
+    open_gate(server);
+    CHECK(Reply(client.read_all()).body == "through");
+    CHECK_FALSE(contains(server.log(), "WORKER TIMEOUT"));
+}
+
+TEST_CASE("who has sent the rest of a head in time is not told that it took too long") {
+    Server server(kTools, {"-w", "1", "--header-timeout", "1"});
+    const pid_t worker = server.workers().at(0);
+    for (int round = 0; round < 3; ++round) {
+        Client client(server);
+        client.send("GET /hello HTTP/1.1\r\n");
+        const Time start = Clock::now();  // others are busy, so that it is looked at less often
+        load(server, 4, "/hello", [&] { return Clock::now() < start + 600ms; });
+        vector<Client> busy = hold(server, 4, get_bytes("/hello"));
+        freeze(worker);
+        client.send("\r\n");
+        ::poll(nullptr, 0, 700);
+        ::kill(worker, SIGCONT);
+        CHECK(Reply(client.read_all()).status == 200);
+    }
+}
+
+TEST_CASE("TERM serves what waits in the backlog, also of a worker that is full") {
+    Server server(kTools + R"py(
+def slow(environ, start_response):
+    time.sleep(0.01)
+    return reply(start_response, "slow")
+)py",
+                  {"-w", "1", "--worker-connections", "3"});
+    Client first(server);
+    first.send(get_bytes("/gate"));
+    REQUIRE(wait_file(server, "at_gate"));
+    vector<Client> clients = hold(server, 300, get_bytes("/slow"));
+    server.signal(SIGTERM);
+    CHECK(server.log_has("Handling signal: term"));
+    open_gate(server);
+    CHECK(Reply(first.read_all()).body == "through");
+    int served = 0;
+    for (Client& client : clients) { served += Reply(client.read_all()).body == "slow"; }
+    CHECK(served == 300);
+    CHECK(server.wait_end());
+    CHECK(server.exit_code() == 0);
+}
+
+TEST_CASE("with --reload a full disk costs the list of files and nothing else") {
+    const string app = kTools + R"py(
+def imports(environ, start_response):
+    import wsgiref.validate
+    return reply(start_response, "imported")
+)py";
+    for (const char* files : {"0", "8"}) {
+        const Limit small(RLIMIT_FSIZE, 1000);
+        Server server(app, {"-w", "1", "--threads", files == string("8") ? "2" : "1", "--reload",
+                            "--error-logfile", "/dev/stderr", "--access-logfile", "/dev/null"});
+        for (int i = 0; i < 4; ++i) { CHECK(get(server, "/imports").body == "imported"); }
+        CHECK_FALSE(contains(server.log(), "exited with"));
+    }
+}
+
+TEST_CASE("a umask that takes away even the user's rights harms no worker") {
+    if (!may_become_and_see_others().second) {
+        MESSAGE("not run: only root becomes another user");
+        return;
+    }
+    Server::before_exec = [] { ::umask(0377); };
+    const Server server(kHello, {"-w", "1", "-u", "nobody", "--access-logfile", "/dev/null"}, {},
+                        false);
+    Server::before_exec = nullptr;
+    ::chmod(server.dir.path.c_str(), 0755);
+    REQUIRE(server.wait_ready_workers(1));
+    CHECK(get(server).body == "hello\n");
+}
+
+TEST_CASE("a small stack is enough, and a parent that ignores SIGCHLD hides no status") {
+    const string check = " timeout 20 " + server_path() + " --check-config --python ";
+    const TempDir dir;
+    write_file(dir.path + "/app.py", kHello);
+    CHECK(output_of("cd " + dir.path + "; ulimit -s 256;" + check +
+                    "/usr/bin/python3 app:app 2>&1; echo $?") == "0");
+    CHECK(contains(output_of("trap '' CHLD; (exec" + check + "/nothing 2>&1); echo status $?"),
+                   "status 3"));
 }
 
 TEST_CASE("a reload that mends the application does not wait for the next attempt of the broken") {
