@@ -1327,7 +1327,7 @@ void notify_systemd(const Config& config, const string& state) {
 constexpr int kMaxHead = 1 << 20, kMaxChunkLine = 8192;  // bytes, whatever the limits say
 
 struct Request {
-    string line;                               // the request line, as far as it has come
+    string line;                               // the request line, as far as logs need it
     string method, target, path, query, host;  // host: of an absolute target
     int minor = 0;                             // HTTP/1.minor, 0 or 1
     string fields;                             // an environ block; repeated ones are joined
@@ -1854,7 +1854,8 @@ Response error_response(int status, string& body) {
 // ============================================================================
 constexpr char kRunner[] = R"py(
 import _thread, faulthandler, fcntl, importlib, io, os, select, sys
-from _signal import SIG_BLOCK, SIG_DFL, SIG_UNBLOCK, SIGTERM, getsignal, pthread_sigmask, signal
+from _signal import (SIG_BLOCK, SIG_DFL, SIG_SETMASK, SIGTERM, getsignal, pthread_sigmask,
+                     siginterrupt, signal)
 
 class Gone(SystemExit): "The worker has gone, or wants no more."
 
@@ -1993,14 +1994,12 @@ class Slot:
         items, parts, mark = None, [], b"0:,"
         try:
             items = self.app(environ, response.start_response)
-            if isinstance(items, (list, tuple)):  # all is there: one write
-                parts = response.frame(items)
-            else:
-                for item in items:
-                    with response.lock:
-                        if self.client_gone(): break
-                        if item != b"": self.write(response.frame([item]))
-                parts = response.frame([])
+            rest = items if isinstance(items, (list, tuple)) else []  # all is there: one write
+            for item in items if items is not rest else []:
+                with response.lock:
+                    if self.client_gone(): break
+                    if item != b"": self.write(response.frame([item]))
+            with response.lock: parts, response.slot = response.frame(rest), None
             if hasattr(items, "close"):  # for which the client need not wait
                 self.end(response, parts, b"0:;")
                 parts = []
@@ -2057,18 +2056,19 @@ def main(name, paths, software, several, files, threads, *fds):
         os.close(int(fd))
         return moved
 
-    def after_fork():  # the bridge is not for a child, and neither is `stay`
+    def cut_off():  # the bridge is not for a child, and neither is `stay`
+        Slot.failures = Exception
         with open(os.devnull, "r+b", 0) as null:
             for fd in pipes: os.dup2(null.fileno(), fd, False)
-        Slot.failures = Exception
-        if getsignal(SIGTERM) is stay: signal(SIGTERM, SIG_DFL)
-        mask(SIG_UNBLOCK, [SIGTERM])
 
     pipes = [raise_fd(fd) for fd in fds]
-    stay, mask = lambda *_: None, pthread_sigmask
-    signal(SIGTERM, stay)  # to every process of a service: the server ends this one in time
-    os.register_at_fork(before=lambda: mask(SIG_BLOCK, [SIGTERM]), after_in_child=after_fork,
-                        after_in_parent=lambda: mask(SIG_UNBLOCK, [SIGTERM]))
+    stay, masks, thread = lambda *_: None, {}, _thread.get_ident
+    def block(): masks[thread()] = pthread_sigmask(SIG_BLOCK, [SIGTERM])
+    def unblock(): pthread_sigmask(SIG_SETMASK, masks.pop(thread()))
+    signal(SIGTERM, stay), siginterrupt(SIGTERM, False)  # to all of a service: the server ends us
+    os.register_at_fork(before=block, after_in_parent=unblock)
+    for hook in lambda: getsignal(SIGTERM) is stay and signal(SIGTERM, SIG_DFL), unblock, cut_off:
+        os.register_at_fork(after_in_child=hook)
     sys.path[:sys.path[0] == ""] = [os.getcwd()]  # "" would follow os.chdir()
     sys.path[:0] = [os.path.abspath(path) for path in paths.split(",") if path]
     names = []
@@ -2501,8 +2501,9 @@ private:
     /// Whether a runner is still wanted.
     bool has_work() const {
         return stop_ < Stop::Leave ||
-               (stop_ < Stop::Now && (connected_ > 0 || (stop_ == Stop::Drain && !dismissed_ &&
-                                                         is_ready(queue_.second))));
+               (stop_ < Stop::Now &&
+                (connected_ > 0 || !closing_.empty() ||
+                 (stop_ == Stop::Drain && !dismissed_ && is_ready(queue_.second))));
     }
 
     void handle_signals() {
@@ -2566,7 +2567,8 @@ private:
 
     // --- the loop ---------------------------------------------------------------------------
 
-    /// One select(), and what comes of it; then the work of run_requests(), pass_on() and tick().
+    /// One select(), and what comes of it; then the work of run_requests(), pass_on(),
+    /// empty_backlog() and tick().
     void turn() {
         fd_set reads = now_ < look_again_ ? hot_ : reads_, writes = writes_;
         const bool all = std::memcmp(&reads, &reads_, sizeof reads) == 0;  // no cold one stays out
@@ -2603,7 +2605,7 @@ private:
         run_requests();
         if (called && last_accept_ < woken) { came_too_late(woken); }
         pass_on();
-        empty_backlog();
+        if (now_ >= accept_again_) { empty_backlog(); }
         if (now_ >= next_tick_) { tick(); }
     }
 
@@ -2729,6 +2731,7 @@ private:
         for (fd_set* set : {&reads_, &hot_, &fresh_}) { watch(c.socket, *set, !done && !c.eof); }
         watch(c.socket, writes_, !done && c.out.size() > 0);
         if (!done) { return; }
+        if (!closing_.empty()) { accept_again_ = now_; }  // there is room now
         --connected_;
         connections_[c.socket.get()].reset();
     }
@@ -2827,6 +2830,7 @@ private:
         last_accept_ = c->accepted = now_;
         set_state(*c, State::ReadHead);
         read_client(*c);
+        if (stop_ == Stop::Drain && c->silent()) { c->deadline = now_ + 1s; }
         settle(*c);
         return true;
     }
@@ -3629,7 +3633,7 @@ private:
         string changed;
         for (size_t i = 0; i < names.size(); ++i) {
             struct stat info = {};
-            if (i == runner->watched.size()) { runner->watched.emplace_back(string_view()); }
+            if (i == runner->watched.size()) { runner->watched.emplace_back(string_view()); }  // ""
             if (::stat(names[i].c_str(), &info) < 0) { continue; }  // an editor replaces it
             const int64_t modified = nanoseconds(info.st_mtim);
             const string before = std::exchange(runner->watched[i], to_string(modified));
@@ -4096,8 +4100,8 @@ Error apply(Config& config) {
     const int far = 5 + (5 * config.pipes + 1) * config.threads;
     const int all = static_cast<int>(limit) - others;
     int most = std::min(FD_SETSIZE - others, (all - far) / 2);
-    if (most < 1 && config.threads > 1) { return {1, "too few descriptors for so many --threads"}; }
     if (others >= FD_SETSIZE) { return {1, "too many descriptors are open"}; }
+    if (most < 1 && config.threads > 1) { return {1, "too few descriptors for so many --threads"}; }
     most = std::max(1, most);
     const rlim_t needed = std::min(limit, static_cast<rlim_t>(8 * config.threads + 20));
     config.files = std::max(config.files, needed);

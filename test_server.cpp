@@ -160,6 +160,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, size_t size) {
 
 #include <functional>
 #include <map>
+#include <optional>
 #include <set>
 #include <sstream>
 
@@ -6304,6 +6305,32 @@ def child(environ, start_response):
     os.kill(pid, signal.SIGTERM)
     return reply(start_response, os.waitpid(pid, 0)[1])
 
+def full(environ, start_response):
+    import resource
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(20)
+            os._exit(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    os.kill(pid, signal.SIGTERM)
+    return reply(start_response, os.waitpid(pid, 0)[1])
+
+def native(environ, start_response):
+    import ctypes
+    reads, writes = os.pipe()
+    def run():
+        mark("at_native")
+        wait("go_native")
+        os.write(writes, b"x")
+    threading.Thread(target=run).start()
+    return reply(start_response, ctypes.CDLL(None).read(reads, ctypes.create_string_buffer(1), 1))
+
 def own(environ, start_response):
     before = signal.signal(signal.SIGTERM, lambda number, frame: os._exit(6))
     pid = os.fork()
@@ -6313,7 +6340,15 @@ def own(environ, start_response):
     return reply(start_response, os.waitpid(pid, 0)[1] >> 8)
 )py",
                   {"-w", "1"});
-    CHECK(get(server, "/child").body == "15");
+    for (int i = 0; i < 5; ++i) { CHECK(get(server, "/child").body == "15"); }
+    CHECK(get(server, "/full").body == "15");
+    Client native(server);
+    native.send(get_bytes("/native"));
+    REQUIRE(wait_file(server, "at_native"));
+    ::poll(nullptr, 0, 50);  // perhaps it is in read() by then
+    ::kill(server.runners().at(0), SIGTERM);
+    write_file(server.dir.path + "/go_native", "");
+    CHECK(Reply(native.read_all()).body == "1");
     CHECK(get(server, "/own").body == "6");
     Client client(server);
     client.send(get_bytes("/gate"));
@@ -6359,6 +6394,11 @@ def writes(environ, start_response):
     for _ in range(50): yield b"i" * 300000
     thread.join()
 
+def races(environ, start_response):
+    write = start_response("200 OK", [])
+    threading.Thread(target=lambda: [write(b"w") for _ in range(50)]).start()
+    return [b"list"] if environ["QUERY_STRING"] else iter([])
+
 def headers(environ, start_response):
     start_response("200 OK", (pair for pair in [("A", "b")]))
     return [b"of a generator"]
@@ -6373,6 +6413,9 @@ def headers(environ, start_response):
     const string body = get(server, "/writes", 20s).body;
     CHECK(count(body, "w") == 10000000);
     CHECK(body.size() == 25000000);
+    for (int i = 0; i < 100; ++i) {
+        CHECK(get(server, i % 2 == 0 ? "/races" : "/races?list").status == 200);
+    }
     CHECK(get(server, "/headers").body == "of a generator");
     CHECK_FALSE(contains(server.log(), "broke the protocol"));
 }
@@ -6517,8 +6560,10 @@ while True:
 }
 
 TEST_CASE("a runner that ends by itself is not said to have been ended") {
-    Server server("", {"-w", "1", "--runner", "sh -c 'printf x; exit 7'"}, {}, false);
-    CHECK(server.wait_end());
+    const TempDir dir;
+    write_file(dir.path + "/runner", "trap 'exit 7' ABRT; printf 0:,; while :; do sleep 0.1; done");
+    const Server server("", {"-w", "1", "-t", "1", "--runner", "sh " + dir.path + "/runner"});
+    CHECK(get(server).status == 504);
     CHECK(server.log_has("exited with status 7"));
     CHECK_FALSE(contains(server.log(), "status 7, sent by this server"));
 }
@@ -8840,6 +8885,7 @@ def slow(environ, start_response):
     first.send(get_bytes("/gate"));
     REQUIRE(wait_file(server, "at_gate"));
     vector<Client> clients = hold(server, 300, get_bytes("/slow"));
+    const Client silent(server);
     server.signal(SIGTERM);
     CHECK(server.log_has("Handling signal: term"));
     open_gate(server);
@@ -8849,6 +8895,30 @@ def slow(environ, start_response):
     CHECK(served == 300);
     CHECK(server.wait_end());
     CHECK(server.exit_code() == 0);
+}
+
+TEST_CASE(
+    "a worker that stops without a descriptor for the backlog rests, and serves it in the end") {
+    Server server(kTools, {"-w", "1"});
+    const pid_t worker = server.workers().at(0);
+    std::optional<Client> endless(server);
+    endless->send(get_bytes("/endless"));
+    REQUIRE(endless->readable(5s));
+    struct rlimit ample = {}, few = {};
+    REQUIRE(::prlimit(worker, RLIMIT_NOFILE, nullptr, &ample) == 0);
+    few = {3, ample.rlim_max};
+    REQUIRE(::prlimit(worker, RLIMIT_NOFILE, &few, nullptr) == 0);
+    vector<Client> clients = hold(server, 5, get_bytes("/hello"));
+    server.signal(SIGTERM);
+    CHECK(server.log_has("Handling signal: term"));
+    ::poll(nullptr, 0, 1000);
+    CHECK(count(server.log(), "cannot accept") < 30);
+    CHECK(count(server.log(), "cannot accept") > 0);
+    endless.reset();
+    ::poll(nullptr, 0, 300);
+    REQUIRE(::prlimit(worker, RLIMIT_NOFILE, &ample, nullptr) == 0);
+    for (Client& client : clients) { CHECK(Reply(client.read_all()).body == "hello"); }
+    CHECK(server.wait_end());
 }
 
 TEST_CASE("with --reload a full disk costs the list of files and nothing else") {
