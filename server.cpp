@@ -573,10 +573,14 @@ Error set_workers(Config& config, string_view text) {
 constexpr const char* kLevels[] = {"DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"};
 constexpr const char* kWorkerClasses[] = {"sync", "gthread"};
 
+Error check_word(const char* const* first, const char* const* last, string_view text) {
+    while (first != last && !same_name(*first, text)) { ++first; }
+    return first != last ? Error{} : Error{1, "there is no '" + string(text) + "'"};
+}
+
 template <const auto& Words>
 Error check_word(string_view text) {
-    const bool known = find(Words, [text](string_view word) { return same_name(word, text); });
-    return known ? Error{} : Error{1, "there is no '" + string(text) + "'"};
+    return check_word(std::begin(Words), std::end(Words), text);
 }
 
 /// A list of addresses and networks, * for all.
@@ -2251,7 +2255,8 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     set_signals({SIGTTOU}, SIG_IGN);  // it prints to the terminal, in the background though it is
     const bool is_python = config.runner.empty();
     for (const Fd& end : ends) { ::fcntl(end.get(), F_SETFD, is_python ? 0 : FD_CLOEXEC); }
-    const Fd null(::open("/dev/null", O_RDWR | O_CLOEXEC)), &log_file = g_log.error_file;
+    const Fd null(::open("/dev/null", O_RDWR | O_CLOEXEC));
+    const Fd& log_file = g_log.error_file;
     ::dup2((is_python ? null : ends[0]).get(), STDIN_FILENO);
     ::dup2((is_python ? log_file : ends[static_cast<size_t>(config.pipes)]).get(), STDOUT_FILENO);
     ::dup2(log_file.get(), STDERR_FILENO);
@@ -2582,6 +2587,7 @@ private:
         };
         if (is_set(g_self_pipe.first, reads)) { handle_signals(); }
         const bool frozen = woken > before + 1500ms;  // perhaps with the runner
+        if (frozen) { thawed_ = woken; }
         each_slot([&](Slot& slot) {
             if (frozen && slot.deadline < Time::max()) { slot.deadline += woken - before; }
             if (is_set(slot.copy, writes)) { feed_runner(slot); }
@@ -2683,9 +2689,9 @@ private:
         }
         hot_ = std::exchange(fresh_, fd_set{});
         for (const auto& c : connections_) {
-            if (!c || now_ < c->deadline) { continue; }
+            if (!c || !is_late(*c)) { continue; }
             if (c->state <= State::ReadBody) { read_client(*c); }  // perhaps it has come
-            if (now_ >= c->deadline) { expire(*c); }
+            if (is_late(*c)) { expire(*c); }
             settle(*c);
         }
         tick_runners();
@@ -2739,6 +2745,12 @@ private:
     /// Until when one waits for a sign of life after the one at `since`.
     Time patience(Time since) const {
         return config_.timeout > 0s ? since + config_.timeout : Time::max();
+    }
+
+    /// Who waits for a runner does so anew after a stop, which the runners may have shared.
+    bool is_late(const Passport& c) const {
+        const Time again = c.state == State::Ready ? patience(thawed_) : Time{};
+        return now_ >= std::max(c.deadline, again);
     }
 
     void set_state(Connection& c, State state) {
@@ -3138,7 +3150,7 @@ private:
         if (c->state <= State::Ready && !c->eof) { read_client(*c); }  // more, or a reset?
         if (lost && c->state <= State::Ready) {
             refuse(*c, {503, "no descriptor for the body"});
-        } else if (c->deadline <= now_) {
+        } else if (is_late(*c)) {
             expire(*c);
         }
         settle(*c);
@@ -3150,7 +3162,7 @@ private:
     void expire_queue() {
         Passport pass;
         while (::recv(queue_.second.get(), &pass, sizeof pass, MSG_PEEK | MSG_DONTWAIT) > 0 &&
-               (pass.state != State::Ready || now_ >= pass.deadline)) {
+               (pass.state != State::Ready || is_late(pass))) {
             if (!dequeue()) { return; }
         }
     }
@@ -3685,6 +3697,7 @@ private:
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_;
     Time last_begin_ = now_;          // when a request went out last
+    Time thawed_{};                   // when we went on after we had been stopped
     Time last_accept_{}, lost_at_{};  // when a client came in last; when one was taken by others
     std::pair<const Slot*, Time> shown_{nullptr, now_};  // by show_title(), and when that began
     char replies_[kMaxMessage];  // from the runner; while they are read, buffer_ may be used

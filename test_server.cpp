@@ -8848,12 +8848,16 @@ TEST_CASE("a request does not run out of time while all processes are stopped") 
     Client client(server);
     client.send(get_bytes("/gate"));
     REQUIRE(wait_file(server, "at_gate"));
+    Client waiting(server);
+    waiting.send(get_bytes("/hello"));
+    ::poll(nullptr, 0, 100);
     for (const pid_t pid : {runner, worker, server.pid}) { freeze(pid); }
     ::poll(nullptr, 0, 3000);
     for (const pid_t pid : {server.pid, worker, runner}) { ::kill(pid, SIGCONT); }
     ::poll(nullptr, 0, 300);
     open_gate(server);
     CHECK(Reply(client.read_all()).body == "through");
+    CHECK(Reply(waiting.read_all()).body == "hello");
     CHECK_FALSE(contains(server.log(), "WORKER TIMEOUT"));
 }
 
