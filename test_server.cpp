@@ -316,7 +316,9 @@ struct Server {
         }
         REQUIRE(pid > 0);
         if (wait) {
-            REQUIRE_MESSAGE(wait_for([&] { return ended() || ready_workers() > 0; }, 15s), log());
+            const bool done = wait_for([&] { return ended() || ready_workers() > 0; }, 15s);
+            if (!done) { ::kill(pid, SIGKILL); }  // no destructor will
+            REQUIRE_MESSAGE(done, log());
             REQUIRE_MESSAGE(!ended(), log());
         }
     }
