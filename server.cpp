@@ -135,22 +135,12 @@ private:
     int fd_ = -1;
 };
 
-/// Makes a system call again for as long as a signal interrupts it.
-template <typename Call>
-auto retry(Call call) {
-    auto result = call();
-    while (result == -1 && errno == EINTR) { result = call(); }
-    return result;
-}
-
 bool would_block() { return errno == EAGAIN || errno == EWOULDBLOCK; }
 
-ssize_t read_some(const Fd& fd, char* to, size_t room) {
-    return retry([&] { return ::read(fd.get(), to, room); });
-}
+ssize_t read_some(const Fd& fd, char* to, size_t room) { return ::read(fd.get(), to, room); }
 
 ssize_t write_some(const Fd& fd, string_view data) {
-    return retry([&] { return ::write(fd.get(), data.data(), data.size()); });
+    return ::write(fd.get(), data.data(), data.size());
 }
 
 /// Writes up to four parts as one.
@@ -162,7 +152,7 @@ ssize_t write_parts(const Fd& fd, string_view first, std::initializer_list<strin
         parts[count++] = {const_cast<char*>(part.data()), part.size()};
     }
     if (count == 1) { return write_some(fd, first); }
-    return retry([&] { return ::writev(fd.get(), parts, count); });
+    return ::writev(fd.get(), parts, count);
 }
 
 /// Writes everything to a blocking descriptor; false, with errno, where that fails.
@@ -404,8 +394,7 @@ private:
             return front_.swap(back_);
         }
         front_.resize(static_cast<size_t>(std::min<int64_t>(kPiece, stored())));
-        const ssize_t n =
-            retry([&] { return ::pread(file_.get(), front_.data(), front_.size(), file_begin_); });
+        const ssize_t n = ::pread(file_.get(), front_.data(), front_.size(), file_begin_);
         if (n <= 0) { std::abort(); }  // bytes are lost: no response may be sent without them
         front_.resize(static_cast<size_t>(n));
         file_begin_ += n;
@@ -436,7 +425,8 @@ void on_signal(int number) {
 void set_signals(std::initializer_list<int> numbers, void (*handler)(int)) {
     struct sigaction action = {};
     action.sa_handler = handler;
-    sigfillset(&action.sa_mask);  // of two at once the lower number comes first: USR2, then TERM
+    action.sa_flags = SA_RESTART;  // no call but select() ever fails for a signal
+    sigfillset(&action.sa_mask);   // of two at once the lower number comes first: USR2, then TERM
     for (const int number : numbers) { ::sigaction(number, &action, nullptr); }
 }
 
@@ -1315,10 +1305,7 @@ void notify_systemd(const Config& config, const string& state) {
     if (path.front() == '@') { name.sun_path[0] = '\0'; }
     const socklen_t size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + path.size());
     const Fd fd(::socket(AF_UNIX, SOCK_DGRAM, 0));
-    retry([&] {
-        return ::sendto(fd.get(), state.data(), state.size(), 0, reinterpret_cast<sockaddr*>(&name),
-                        size);
-    });
+    ::sendto(fd.get(), state.data(), state.size(), 0, reinterpret_cast<sockaddr*>(&name), size);
 }
 
 // ============================================================================
@@ -2433,10 +2420,8 @@ ssize_t exchange_message(const Fd& queue, bool send, char* data, size_t size, in
     header->cmsg_len = CMSG_LEN(sizeof fds);
     std::memcpy(CMSG_DATA(header), fds, sizeof fds);
     if (size > kMaxMessage) { return errno = EMSGSIZE, -1; }
-    const ssize_t n = retry([&] {
-        return send ? ::sendmsg(queue.get(), &message, MSG_DONTWAIT)
-                    : ::recvmsg(queue.get(), &message, MSG_DONTWAIT);
-    });
+    const ssize_t n = send ? ::sendmsg(queue.get(), &message, MSG_DONTWAIT)
+                           : ::recvmsg(queue.get(), &message, MSG_DONTWAIT);
     if (!send && n >= 0) { std::memcpy(fds, CMSG_DATA(header), sizeof fds); }
     return n;
 }
@@ -3017,8 +3002,7 @@ private:
         while (c.out.size() > 0) {
             const string_view data = c.out.front();
             const bool last = c.complete && !c.more && !c.broken;
-            const ssize_t n = retry(
-                [&] { return ::send(c.socket.get(), data.data(), data.size(), last ? kMore : 0); });
+            const ssize_t n = ::send(c.socket.get(), data.data(), data.size(), last ? kMore : 0);
             if (n < 0) { return would_block() ? void() : client_gone(c); }
             c.out.pop(static_cast<size_t>(n));
             if (c.state == State::Reply) { set_state(c, State::Reply); }
@@ -4157,7 +4141,7 @@ int check_app(const Config& config) {
     const bool loaded = read_some(slot.from, &byte, 1) == 1;
     runner.close_requests();
     int status = 0;
-    retry([&] { return ::waitpid(runner.pid, &status, 0); });
+    ::waitpid(runner.pid, &status, 0);
     return loaded ? 0 : boot_status(status);
 }
 
