@@ -104,15 +104,11 @@ struct Error {
 Error os_error(const string& what) { return {1, what + ": " + std::strerror(errno)}; }
 
 /// With std::to_string() the program would be half a KiB larger.
-string decimal(intmax_t number) {
-    char text[24];
-    std::snprintf(text, sizeof text, "%jd", number);
-    return text;
-}
-
 template <typename Integer>
 string to_string(Integer number) {
-    return decimal(static_cast<intmax_t>(number));
+    char text[24];
+    std::snprintf(text, sizeof text, "%jd", static_cast<intmax_t>(number));
+    return text;
 }
 
 /// Owns one descriptor. close() is never retried: after EINTR the number may be another's.
