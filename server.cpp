@@ -559,14 +559,10 @@ Error set_workers(Config& config, string_view text) {
 constexpr const char* kLevels[] = {"DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"};
 constexpr const char* kWorkerClasses[] = {"sync", "gthread"};
 
-Error check_word(const char* const* first, const char* const* last, string_view text) {
-    while (first != last && !same_name(*first, text)) { ++first; }
-    return first != last ? Error{} : Error{1, "there is no '" + string(text) + "'"};
-}
-
 template <const auto& Words>
 Error check_word(string_view text) {
-    return check_word(std::begin(Words), std::end(Words), text);
+    const bool known = find(Words, [text](const char* word) { return same_name(word, text); });
+    return known ? Error{} : Error{1, "there is no '" + string(text) + "'"};
 }
 
 /// A list of addresses and networks, * for all.
