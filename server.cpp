@@ -479,10 +479,9 @@ struct Config {
     string python = "python3", runner;
     string forwarded_allow_ips = "127.0.0.1,::1", proxy_allow_from = "127.0.0.1,::1";
     bool proxy_protocol = false;
-    string pidfile, user, group, proc_name;
+    string pidfile, user, group, umask = "0000", proc_name;
     bool reload = false;
     Strings reload_extra_files;
-    int umask = 0;
     uid_t uid = 0;  // what --user and --group mean
     gid_t gid = 0;
     rlim_t files = 0;      // the soft limit on descriptors as it was, for the application
@@ -584,17 +583,10 @@ Error check_variable(string_view text) {
 }
 
 /// A file mode mask in octal digits.
-Error set_umask(Config& config, string_view text) {
+Error check_umask(string_view text) {
     int64_t mask = 0;
     const bool good = parse_number(text, mask, 8) && mask <= 0777;
-    config.umask = static_cast<int>(mask);
     return good ? Error{} : Error{1, "'" + string(text) + "' is no file mode mask"};
-}
-
-string get_umask(const Config& config) {
-    char text[16];
-    std::snprintf(text, sizeof text, "%04o", static_cast<unsigned>(config.umask));
-    return text;
 }
 
 struct Option {
@@ -664,7 +656,7 @@ constexpr Option kOptions[] = {
     row<&C::pidfile>("-p, --pid FILE: write the process number of the arbiter to it"),
     row<&C::user>("-u, --user USER: that workers run as, by name or number"),
     row<&C::group>("-g, --group GROUP: that workers run as; else the user's"),
-    {"-m, --umask MODE: taken off the mode of unix sockets, octal", set_umask, get_umask},
+    row<&C::umask>("-m, --umask MODE: taken off the mode of unix sockets, octal", check_umask),
     {"--check-config: check settings, load the application, exit", set<&C::check_config>, nullptr},
     {"--print-config: print the settings and exit", set<&C::print_config>, nullptr},
     {"-v, --version: print the version and exit", set<&C::version>, nullptr},
@@ -1130,7 +1122,9 @@ Error bind_address(const Address& address, const Config& config, Listener& made)
     ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     if (address.v6) { ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on); }
     if (address.path.empty()) { limit_unsent(fd.get()); }
-    const mode_t mask = ::umask(static_cast<mode_t>(config.umask));
+    int64_t wanted = 0;
+    parse_number(config.umask, wanted, 8);
+    const mode_t mask = ::umask(static_cast<mode_t>(wanted));
     const int bound = ::bind(fd.get(), reinterpret_cast<sockaddr*>(&name), size);
     ::umask(mask);
     if (bound < 0 || ::listen(fd.get(), config.backlog) < 0) {
