@@ -753,20 +753,20 @@ struct Logger {
     Level level = Level::Info;  // lines below it are left out
 } g_log;
 
-string local_time(const char* format) {
+/// The present time, by localtime_r() or gmtime_r().
+string time_text(const char* format, struct tm* (*convert)(const time_t*, struct tm*)) {
     const time_t now = std::time(nullptr);
     struct tm parts = {};
-    ::localtime_r(&now, &parts);
+    convert(&now, &parts);
     char text[64];
     return string(text, std::strftime(text, sizeof text, format, &parts));
 }
 
 void log(Level level, const string& text) {
     if (level < g_log.level) { return; }
-    const char* name = kLevels[static_cast<int>(level)];
-    (void)write_all(g_log.error_file, local_time("[%Y-%m-%d %H:%M:%S %z] [") +
-                                          to_string(::getpid()) + "] [" + name + "] " + text +
-                                          "\n");
+    const string now = time_text("[%Y-%m-%d %H:%M:%S %z] [", ::localtime_r);
+    const string start = now + to_string(::getpid()) + "] [" + kLevels[static_cast<int>(level)];
+    (void)write_all(g_log.error_file, start + "] " + text + "\n");
 }
 
 /// The groups of a user with a name; else the one group. -1: neither, errno tells why.
@@ -932,7 +932,7 @@ string access_atom(string_view name, const Access& a) {
     switch (name.size() == 1 ? name.front() : '\0') {
         case 'h': return escape(a.peer);
         case 'u': return shown(basic_user(lookup(a.env, "HTTP_AUTHORIZATION")));
-        case 't': return local_time("[%d/%b/%Y:%H:%M:%S %z]");
+        case 't': return time_text("[%d/%b/%Y:%H:%M:%S %z]", ::localtime_r);
         case 'r': return shown(a.line);
         case 'm': return variable("REQUEST_METHOD");
         case 'U': return variable("PATH_INFO");
@@ -1767,11 +1767,9 @@ Error parse_response(string_view head, Response& r) {
 /// The head as it goes to the client; the date as in RFC 9110 section 5.6.7.
 string final_head(const Response& r, int minor, bool chunked) {
     static time_t last = 0;
-    static char date[40];
+    static string date;
     if (const time_t now = std::time(nullptr); now != std::exchange(last, now)) {
-        struct tm parts = {};
-        ::gmtime_r(&now, &parts);
-        std::strftime(date, sizeof date, "Date: %a, %d %b %Y %H:%M:%S GMT\r\n", &parts);
+        date = time_text("Date: %a, %d %b %Y %H:%M:%S GMT\r\n", ::gmtime_r);
     }
     string head = minor > 0 ? "HTTP/1.1 " : "HTTP/1.0 ";
     head.reserve(256);
