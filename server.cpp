@@ -310,7 +310,7 @@ bool parse_number(string_view text, int64_t& number, int base = 10) {
 struct Network {
     bool v6 = false;
     int64_t bits = 0;
-    unsigned char address[16];
+    unsigned char address[17] = {};  // one more, to be compared where all bits count
 };
 
 /// Reads 10.0.0.1, 10.0.0.0/8, ::1 and the like.
@@ -1606,12 +1606,10 @@ bool is_listed(string_view list, const string& address) {
         const string_view entry = trim(cut(list, ','));
         if (entry == "*") { return true; }
         if (!parse_network(entry, listed) || wanted.v6 != listed.v6) { continue; }
-        const auto bit = [](const Network& network, int64_t i) {
-            return network.address[i / 8] >> (7 - i % 8) & 1;
-        };
-        int64_t same = 0;
-        while (same < listed.bits && bit(wanted, same) == bit(listed, same)) { ++same; }
-        if (same == listed.bits) { return true; }
+        const size_t bytes = static_cast<size_t>(listed.bits / 8);  // and some bits of the next
+        const int others = (wanted.address[bytes] ^ listed.address[bytes]) >> (8 - listed.bits % 8);
+        const bool same = std::memcmp(wanted.address, listed.address, bytes) == 0;
+        if (same && others == 0) { return true; }
     }
     return false;
 }
