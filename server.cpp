@@ -443,9 +443,7 @@ int next_signal() {
 void wait_ready(int max_fd, fd_set& reads, fd_set& writes, Time until) {
     const int64_t left = std::chrono::ceil<microseconds>(until - Clock::now()).count();
     const int64_t us = std::clamp<int64_t>(left, 0, 3600'000'000);
-    struct timeval timeout = {};
-    timeout.tv_sec = static_cast<time_t>(us / 1000000);
-    timeout.tv_usec = static_cast<suseconds_t>(us % 1000000);
+    struct timeval timeout = {time_t(us / 1000000), suseconds_t(us % 1000000)};
     if (::select(max_fd + 1, &reads, &writes, nullptr, &timeout) < 0) {
         FD_ZERO(&reads);
         FD_ZERO(&writes);
@@ -776,27 +774,24 @@ int set_groups(const Config& config) {
 }
 
 /// Root with the rights of --user until it goes, or else nothing.
-class AsUser {
-public:
-    AsUser(const Config& config, bool change) : changed_(change) {
+struct AsUser {
+    const bool changed;
+    const gid_t group = ::getegid();
+    static inline gid_t groups[NGROUPS_MAX];  // too many for a small stack
+    const int count = std::max(::getgroups(NGROUPS_MAX, groups), 0);
+
+    AsUser(const Config& config, bool change) : changed(change) {
         if (!change) { return; }
         (void)!set_groups(config);
         (void)!::setegid(config.gid);
         (void)!::seteuid(config.uid);
     }
-    AsUser(const AsUser&) = delete;
     ~AsUser() {
-        if (!changed_) { return; }
+        if (!changed) { return; }
         (void)!::seteuid(0);
-        (void)!::setegid(group_);
-        (void)!::setgroups(static_cast<size_t>(count_), groups_);
+        (void)!::setegid(group);
+        (void)!::setgroups(static_cast<size_t>(count), groups);
     }
-
-private:
-    const bool changed_;
-    gid_t group_ = ::getegid();
-    static inline gid_t groups_[NGROUPS_MAX];  // too many for a small stack
-    int count_ = std::max(::getgroups(NGROUPS_MAX, groups_), 0);
 };
 
 /// Whether --user has a say in what a directory is: where a symbolic link is on the way, or he may
