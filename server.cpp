@@ -503,20 +503,14 @@ string join(const Strings& parts) {
     return out;
 }
 
+string to_string(const string& text) { return text; }
+string to_string(const Strings& parts) { return join(parts); }
+string to_string(bool flag) { return flag ? "yes" : "no"; }
+string to_string(seconds time) { return to_string(time.count()); }
+
 template <auto Member>
 string get(const Config& config) {
-    using T = std::decay_t<decltype(config.*Member)>;
-    if constexpr (std::is_same_v<T, string>) {
-        return config.*Member;
-    } else if constexpr (std::is_same_v<T, Strings>) {
-        return join(config.*Member);
-    } else if constexpr (std::is_same_v<T, seconds>) {
-        return to_string((config.*Member).count());
-    } else if constexpr (std::is_same_v<T, bool>) {
-        return config.*Member ? "yes" : "no";
-    } else {
-        return to_string(config.*Member);
-    }
+    return to_string(config.*Member);
 }
 
 /// Reads a whole number from `low` to `high`. A code of 2: it is none; 1: it is another.
