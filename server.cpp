@@ -604,8 +604,7 @@ constexpr Option row(const char* text, Error (*check)(string_view) = nullptr) {
 using C = Config;
 constexpr int64_t kYear = 31'536'000, kMiB = int64_t{1} << 20;
 constexpr Option kOptions[] = {
-    row<&C::bind>(
-        "-b, --bind ADDRESS: HOST:PORT, [V6]:PORT, :PORT, unix:PATH or fd://N; repeatable"),
+    row<&C::bind>("-b, --bind ADDRESS: HOST:PORT, [V6]:PORT, :PORT, unix:PATH, fd://N; repeatable"),
     {"-w, --workers N: worker processes; auto: one a processor", set_workers, get<&C::workers>},
     row<&C::worker_class>("-k, --worker-class NAME: sync or gthread, by --threads",
                           check_word<kWorkerClasses>),
@@ -618,8 +617,7 @@ constexpr Option kOptions[] = {
     row<&C::max_requests, 0>("--max-requests N: then a new runner; 0: never"),
     row<&C::max_requests_jitter, 0>("--max-requests-jitter N: at random, up to N more"),
     row<&C::limit_request_line, 0, kMiB>("--limit-request-line BYTES: 0: 1 MiB"),
-    row<&C::limit_request_fields, 0, 32768>(
-        "--limit-request-fields N: most header fields; 0: 32768"),
+    row<&C::limit_request_fields, 0, 32768>("--limit-request-fields N: header fields; 0: 32768"),
     row<&C::limit_request_field_size, 0, kMiB>(
         "--limit-request-field_size BYTES: longest header field; 0: the default"),
     row<&C::limit_request_body, 0, INT64_MAX>("--limit-request-body BYTES: 0: no limit"),
