@@ -2201,14 +2201,26 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     return {};
 }
 
+/// In a forked child: becomes another program, with signals and limits as they were.
+[[noreturn]] void exec_program(const Config& config, Strings words) {
+    for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
+    set_signals({SIGTTOU}, SIG_IGN);  // it prints to the terminal, also from the background
+    set_soft_limit(config.files);
+    block_signals(false);
+    std::vector<char*> pointers;
+    for (string& word : words) { pointers.push_back(word.data()); }
+    pointers.push_back(nullptr);
+    ::execvp(pointers[0], pointers.data());
+    log(Level::Error, os_error("cannot run " + words[0]).text);
+    ::_exit(kWorkerBootError);
+}
+
 /// In the forked child: becomes the runner. Its ends of the pipes alone go with it: for Python as
 /// they are, so that nothing that starts it can read or print there; else as standard input and
 /// output.
 [[noreturn]] void exec_runner(const Config& config, const std::vector<Fd>& ends, const string& boot,
                               pid_t worker) {
-    for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
     ::setpgid(0, 0);  // Ctrl-C is for the server; and what the application forks can be ended too
-    set_signals({SIGTTOU}, SIG_IGN);  // it prints to the terminal, in the background though it is
     const bool is_python = config.runner.empty();
     for (const Fd& end : ends) { ::fcntl(end.get(), F_SETFD, is_python ? 0 : FD_CLOEXEC); }
     const Fd null(::open("/dev/null", O_RDWR | O_CLOEXEC));
@@ -2216,22 +2228,13 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     ::dup2((is_python ? null : ends[0]).get(), STDIN_FILENO);
     ::dup2((is_python ? log_file : ends[static_cast<size_t>(config.pipes)]).get(), STDOUT_FILENO);
     ::dup2(log_file.get(), STDERR_FILENO);
-    set_soft_limit(config.files);
 #ifdef __linux__
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
 #endif
     if (::getppid() != worker) { ::_exit(0); }
-    block_signals(false);
     const string label = "server: runner [" + config.proc_name + "]";
-    const char* python = config.python.c_str();
-    if (is_python) {
-        ::execlp(python, python, "-u", "-c", boot.c_str(), label.c_str(), nullptr);
-    } else {
-        ::execl("/bin/sh", "sh", "-c", ("exec " + config.runner).c_str(), nullptr);
-    }
-    const string program = is_python ? config.python : "/bin/sh";
-    log(Level::Error, os_error("cannot run " + program).text);
-    ::_exit(kWorkerBootError);
+    exec_program(config, is_python ? Strings{config.python, "-u", "-c", boot, label}
+                                   : Strings{"/bin/sh", "-c", "exec " + config.runner});
 }
 
 /// Starts a runner, which imports the application once it has been given what is in `out` of its
@@ -3793,8 +3796,6 @@ private:
     /// In the forked child: sockets as systemd hands them over, and all else as it was at the
     /// start.
     [[noreturn]] void reexec() {
-        for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
-        block_signals(false);
         const int count = static_cast<int>(listeners_.size());
         g_log.error_file.reset(::fcntl(g_log.error_file.get(), F_DUPFD_CLOEXEC, 3 + count));
         for (Listener& each : listeners_) {  // first out of the way, then into their places
@@ -3810,14 +3811,8 @@ private:
         ::setenv("LISTEN_FDNAMES", inodes.c_str(), 1);
         ::setenv("SERVER_UPGRADE", to_string(::getppid()).c_str(), 1);
         ::setenv("NOTIFY_SOCKET", config_.notify_socket.c_str(), 1);  // empty: there is none
-        set_soft_limit(config_.files);
         (void)!::chdir(config_.directory.c_str());
-        std::vector<char*> words;
-        for (string& word : config_.argv) { words.push_back(word.data()); }
-        words.push_back(nullptr);
-        ::execvp(words[0], words.data());
-        log(Level::Error, os_error("cannot start the new master").text);
-        ::_exit(kWorkerBootError);
+        exec_program(config_, config_.argv);
     }
 
     /// The old master has gone: this is the master now.
