@@ -484,8 +484,7 @@ struct Config {
     gid_t gid = 0;
     rlim_t files = 0;      // the soft limit on descriptors as it was, for the application
     int pipes = 8;         // of requests, in each slot
-    int inherited = 0;     // listening sockets from systemd, from descriptor 3 on
-    string inodes;         // or from an old master: the files of those that it would remove
+    string sockets;        // from systemd or an old master: FD:INODE: of each; 0: not to remove
     string notify_socket;  // of systemd
     Strings argv;          // as it was started, and where, for an upgrade
     string directory;
@@ -3793,22 +3792,15 @@ private:
         reexec_pid_ = pid;
     }
 
-    /// In the forked child: sockets as systemd hands them over, and all else as it was at the
-    /// start.
+    /// In the forked child: sockets stay where they are, all else is as it was at the start.
     [[noreturn]] void reexec() {
-        const int count = static_cast<int>(listeners_.size());
-        g_log.error_file.reset(::fcntl(g_log.error_file.get(), F_DUPFD_CLOEXEC, 3 + count));
-        for (Listener& each : listeners_) {  // first out of the way, then into their places
-            each.fd.reset(::fcntl(each.fd.get(), F_DUPFD_CLOEXEC, 3 + count));
+        string sockets;
+        for (const Listener& each : listeners_) {
+            ::fcntl(each.fd.get(), F_SETFD, 0);
+            sockets += to_string(each.fd.get()) + ":" + to_string(each.inode) + ":";
         }
-        int place = 3;
-        for (const Listener& each : listeners_) { ::dup2(each.fd.get(), place++); }
         ::environ = config_.environment.data();
-        ::setenv("LISTEN_FDS", to_string(count).c_str(), 1);
-        ::setenv("LISTEN_PID", to_string(::getpid()).c_str(), 1);
-        string inodes;
-        for (const Listener& each : listeners_) { inodes += to_string(each.inode) + ":"; }
-        ::setenv("LISTEN_FDNAMES", inodes.c_str(), 1);
+        ::setenv("SERVER_SOCKETS", sockets.c_str(), 1);
         ::setenv("SERVER_UPGRADE", to_string(::getppid()).c_str(), 1);
         ::setenv("NOTIFY_SOCKET", config_.notify_socket.c_str(), 1);  // empty: there is none
         (void)!::chdir(config_.directory.c_str());
@@ -4027,21 +4019,22 @@ Error apply(Config& config) {
     config.chdir = absolute(config.directory, config.chdir);
     if (config.proc_name.empty()) { config.proc_name = config.app; }
     config.reload = config.reload && !config.check_config;
-    int64_t inherited = 0;
     config.notify_socket = environment("NOTIFY_SOCKET");
+    config.sockets = environment("SERVER_SOCKETS");
+    int64_t count = 0, old_master = 0;
     if (environment("LISTEN_PID") == to_string(::getpid()) &&
-        parse_number(environment("LISTEN_FDS"), inherited)) {
-        config.inherited = static_cast<int>(std::min<int64_t>(inherited, FD_SETSIZE / 2));
+        parse_number(environment("LISTEN_FDS"), count)) {
+        const int end = 3 + static_cast<int>(std::min<int64_t>(count, FD_SETSIZE / 2));
+        for (int fd = 3; fd < end; ++fd) { config.sockets += to_string(fd) + ":0:"; }
     }
-    int64_t old_master = 0;  // which may have gone already
-    if (config.inherited > 0 && parse_number(environment("SERVER_UPGRADE"), old_master)) {
+    if (parse_number(environment("SERVER_UPGRADE"), old_master)) {  // it may have gone already
         config.old_master = static_cast<pid_t>(old_master);
-        config.inodes = environment("LISTEN_FDNAMES");
         config.detached = config.daemon;
     }
-    for (const char* name : {"SERVER_UPGRADE", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
-                             "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
-        ::unsetenv(name);  // what is between systemd and this server
+    for (const char* name :
+         {"SERVER_UPGRADE", "SERVER_SOCKETS", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
+          "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
+        ::unsetenv(name);  // what is between systemd, an old master and this server
     }
     for (char** each = ::environ; *each != nullptr; ++each) { config.environment.push_back(*each); }
     config.environment.push_back(nullptr);
@@ -4115,14 +4108,15 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
         Address address;
         if (Error error = parse_address(text, address)) { return error; }
     }
-    string_view inodes = config.inodes;
-    for (int fd = 3; fd < 3 + config.inherited; ++fd) {
+    for (string_view rest = config.sockets; !rest.empty();) {
+        int64_t fd = -1, inode = 0;
+        parse_number(cut(rest, ':'), fd);
+        parse_number(cut(rest, ':'), inode);
         Listener& made = listeners.emplace_back();
-        if (Error error = describe(Fd(fd), made)) { return error; }
-        int64_t inode = 0;
-        if (parse_number(cut(inodes, ':'), inode)) { made.inode = static_cast<ino_t>(inode); }
+        if (Error error = describe(Fd(static_cast<int>(fd)), made)) { return error; }
+        made.inode = static_cast<ino_t>(inode);
     }
-    if (config.check_config || config.inherited > 0) { return {}; }
+    if (config.check_config || !config.sockets.empty()) { return {}; }
     for (const string& text : config.bind) {
         Address address;
         (void)parse_address(text, address);
