@@ -3867,6 +3867,7 @@ private:
             if (std::exchange(worker.last_update, ctime) != ctime) { worker.last_change = now_; }
             if (worker.booted || (info.st_mode & 2) == 0) { continue; }
             worker.booted = ever_booted_ = true;
+            if (config_.check_config) { status_ = 0, halt(SIGUSR2); }
             if (worker.pid != canary_) { continue; }
             generation_ = worker.generation, spawn_again_ = now_;
             if (next_directory_) { directory_ = std::move(next_directory_); }
@@ -3997,7 +3998,7 @@ private:
     int generation_ = 0;             // the one that serves
     Fd directory_, next_directory_;  // its own, and the next one's, once there was a reload
     pid_t canary_ = -1;
-    int failures_ = 0, status_ = 0;
+    int failures_ = 0, status_ = config_.check_config ? kAppLoadError : 0;
     bool stopping_ = false, ever_booted_ = false;
     bool paused_ = false;     // by WINCH: no workers
     bool tell_ready_ = true;  // systemd waits to hear that we are
@@ -4081,33 +4082,22 @@ Error apply(Config& config) {
                 to_string(most) + ", which is what fits");
         config.worker_connections = most;
     }
+    if (config.check_config) {  // until one worker has loaded the application, and seen by nobody
+        config.workers = 1;
+        config.daemon = false;
+        config.pidfile = config.notify_socket = "";
+        g_log.level = std::max(g_log.level, Level::Warning);
+    }
     return {};
 }
 
-/// --check-config: does the application load, as the user that workers are?
-int check_app(const Config& config) {
-    Runner runner;
-    set_signals({SIGCHLD}, SIG_DFL);  // were it ignored, no status would come
-    Error error = drop_privileges(config);
-    if (!error) { error = start_runner(config, runner); }
-    if (error) { return log(Level::Error, error.text), kWorkerBootError; }
-    Slot& slot = runner.slots[0];
-    for (const int fd : {slot.pipe().get(), slot.from.get()}) { ::fcntl(fd, F_SETFL, 0); }  // wait
-    (void)write_all(slot.pipe(), slot.out.front());
-    char byte = 0;
-    const bool loaded = read_some(slot.from, &byte, 1) == 1;
-    runner.close_requests();
-    int status = 0;
-    ::waitpid(runner.pid, &status, 0);
-    return loaded ? 0 : boot_status(status);
-}
-
-/// Takes over inherited sockets or else, but not with --check-config, binds all addresses.
+/// Takes over inherited sockets or else binds all addresses; with --check-config looks at them.
 Error bind_all(const Config& config, std::vector<Listener>& listeners) {
     for (const string& text : config.bind) {  // all of them, before the first is bound
         Address address;
         if (Error error = parse_address(text, address)) { return error; }
     }
+    if (config.check_config) { return {}; }
     for (string_view rest = config.sockets; !rest.empty();) {
         int64_t fd = -1, inode = 0;
         parse_number(cut(rest, ':'), fd);
@@ -4116,7 +4106,7 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
         if (Error error = describe(Fd(static_cast<int>(fd)), made)) { return error; }
         made.inode = static_cast<ino_t>(inode);
     }
-    if (config.check_config || !config.sockets.empty()) { return {}; }
+    if (!config.sockets.empty()) { return {}; }
     for (const string& text : config.bind) {
         Address address;
         (void)parse_address(text, address);
@@ -4151,7 +4141,6 @@ int main(int argc, char** argv) {
     if (!error && config.print_config) { return std::puts(show_config(config).c_str()), 0; }
     if (!error) { error = apply(config); }
     if (!error) { error = bind_all(config, listeners); }
-    if (!error && config.check_config) { return check_app(config); }
     if (!error && config.daemon && !config.detached) { error = daemonize(config); }
     block_signals(true);  // from the pid file on, until the arbiter handles them
     if (!error) { error = write_pidfile(own_pidfile(config)); }
