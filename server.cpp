@@ -450,11 +450,11 @@ void wait_ready(int max_fd, fd_set& reads, fd_set& writes, Time until) {
     }
 }
 
-/// Whether something can be read, or a client waits to be accepted.
-bool is_ready(const Fd& fd) {
+/// Whether something can be read, or a client waits to be accepted; if not yet, then by `until`.
+bool is_ready(const Fd& fd, Time until = Time{}) {
     fd_set reads{}, writes{};
     FD_SET(fd.get(), &reads);
-    wait_ready(fd.get(), reads, writes, Clock::now());
+    wait_ready(fd.get(), reads, writes, until);
     return FD_ISSET(fd.get(), &reads);
 }
 
@@ -2400,8 +2400,7 @@ ssize_t exchange_message(const Fd& queue, bool send, char* data, size_t size, in
 // ============================================================================
 //  10. Worker: one select loop between clients, the ready queue and the runner
 // ============================================================================
-constexpr char kReload = 1;          // a worker to the arbiter: new workers are wanted
-constexpr auto kGather = 1200ms;     // how long the arbiter waits for more of them
+constexpr auto kGather = 1200ms;     // from a worker's wish for new ones to the reload
 constexpr auto kTick = 100ms;        // how exact a deadline is
 constexpr auto kColdDelay = 20ms;    // how long select() may leave out who was silent for a tick
 constexpr auto kAcceptDelay = 10ms;  // how long a busy worker leaves connections to idle ones
@@ -2418,11 +2417,10 @@ constexpr int kMore = 0;
 
 class Worker {
 public:
-    /// `queue` is what every worker of every generation inherits; a byte into `arbiter` wakes it.
+    /// `queue` is what every worker of every generation inherits.
     Worker(const Config& config, std::vector<Listener>& listeners, const Pair& queue, const Fd& tmp,
-           Fd arbiter, pid_t arbiter_pid)
-        : config_(config), listeners_(listeners), queue_(queue), tmp_(tmp),
-          arbiter_(std::move(arbiter)), arbiter_pid_(arbiter_pid) {}
+           pid_t arbiter)
+        : config_(config), listeners_(listeners), queue_(queue), tmp_(tmp), arbiter_(arbiter) {}
 
     /// Serves until it is told to stop; returns the exit status.
     int run() {
@@ -2459,6 +2457,9 @@ private:
         next_notify_ = now_ + (config_.timeout == 1s ? 500ms : 1000ms);
     }
 
+    /// Tells the arbiter that new workers are wanted: the heartbeat file has a byte for each time.
+    void ask_reload() { (void)!::ftruncate(tmp_.get(), ++wishes_); }
+
     /// Whether a runner is still wanted.
     bool has_work() const {
         return stop_ < Stop::Leave ||
@@ -2481,7 +2482,7 @@ private:
         if (Error error = open_logs(config_)) {
             const bool denied = errno == EACCES && stop_ == Stop::No;  // as --user
             log(Level::Error, error.text + (denied ? ": new workers inherit it" : ""));
-            if (denied) { (void)write_some(arbiter_, string_view(&kReload, 1)); }
+            if (denied) { ask_reload(); }
             return;
         }
         for (Runner& runner : runners_) {
@@ -2638,7 +2639,7 @@ private:
 
     /// Every kTick, or once a second when idle: heartbeat, deadlines, cold sockets, runners, queue.
     void tick() {
-        if (::getppid() != arbiter_pid_) { stop(Stop::Now); }
+        if (::getppid() != arbiter_) { stop(Stop::Now); }
         if (now_ >= next_notify_) {
             notify();
             if (config_.reload) { watch_files(); }
@@ -3375,10 +3376,7 @@ private:
         }
         runner.phase = Phase::Serving;
         tell_log(runner);
-        if (!std::exchange(booted_, true)) {
-            notify();
-            (void)write_some(arbiter_, string_view("", 1));
-        }
+        if (!std::exchange(booted_, true)) { notify(); }
         look_ = true;
     }
 
@@ -3582,7 +3580,7 @@ private:
         next_tick_ = now_;
     }
 
-    /// With --reload: wakes the arbiter if a file is another than the second before. The runner
+    /// With --reload: tells the arbiter if a file is another than the second before. The runner
     /// adds names to its list, and never takes one away.
     void watch_files() {
         Runner* runner = find(runners_, [](const Runner& each) {
@@ -3611,7 +3609,7 @@ private:
         }
         if (changed.empty()) { return; }
         log(Level::Info, "Worker reloading: " + changed + " modified");
-        (void)write_some(arbiter_, string_view(&kReload, 1));
+        ask_reload();
     }
 
     Error boot_runner() {
@@ -3635,8 +3633,8 @@ private:
     int closed_ = 0;                 // and how many have been accepted from the last of these
     const Pair& queue_;              // first is sent into, second received from
     const Fd& tmp_;                  // the heartbeat file
-    const Fd arbiter_;
-    const pid_t arbiter_pid_;
+    const pid_t arbiter_;
+    off_t wishes_ = 0;                                     // for new workers
     std::list<Runner> runners_;                            // one serves; others boot or leave
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
     std::list<Connection*> ready_;                         // complete, waiting here for a runner
@@ -3662,8 +3660,9 @@ private:
 // ============================================================================
 //  11. Arbiter: the master process
 //
-//  It never reads a request. Its loop sleeps on the self-pipe and on what workers say, handles one
-//  signal at a time, and then makes the workers what they should be; it never waits for a worker.
+//  It never reads a request. Its loop sleeps on the self-pipe, looks at the heartbeat files,
+//  handles one signal at a time, and makes the workers what they should be; it never waits for a
+//  worker.
 // ============================================================================
 struct WorkerInfo {
     pid_t pid;
@@ -3671,6 +3670,7 @@ struct WorkerInfo {
     Fd tmp;                      // its heartbeat file
     Time spawned, last_change;   // when, on our clock, we saw the heartbeat change
     int64_t last_update = 0;     // its ctime
+    off_t wishes = 0;            // its size: how often the worker wanted a reload
     Time stop_by = Time::max();  // SIGKILL, once it has been told to stop or aborted
     bool booted = false, stopping = false, aborted = false;
 };
@@ -3687,14 +3687,9 @@ public:
         }
         while (!stopping_ || !workers_.empty()) {
             manage_workers();
-            fd_set reads{}, writes{};
-            FD_SET(g_self_pipe.first.get(), &reads);
-            FD_SET(workers_say_.first.get(), &reads);
-            const bool dying =
-                find(workers_, [](const WorkerInfo& w) { return w.stop_by < Time::max(); });
-            const Time until = std::min(now_ + (dying ? kTick : 1000ms), reload_at_);
-            wait_ready(std::max(g_self_pipe.first.get(), workers_say_.first.get()), reads, writes,
-                       spawn_again_ > now_ ? std::min(until, spawn_again_) : until);
+            const bool soon = find(
+                workers_, [](const WorkerInfo& w) { return !w.booted || w.stop_by < Time::max(); });
+            (void)is_ready(g_self_pipe.first, std::min(now_ + (soon ? kTick : 1000ms), reload_at_));
             const Time before = std::exchange(now_, Clock::now());
             if (now_ > before + 1500ms) {  // we were stopped: silence of the workers proves nothing
                 for (WorkerInfo& worker : workers_) {
@@ -3703,11 +3698,6 @@ public:
                 }
             }
             for (int number; (number = next_signal()) >= 0;) { handle_signal(number); }
-            char said[64];
-            const ssize_t n = read_some(workers_say_.first, said, sizeof said);
-            if (n > 0 && std::memchr(said, kReload, static_cast<size_t>(n)) != nullptr) {
-                reload_at_ = std::min(reload_at_, now_ + kGather);
-            }
             reap_workers();
             murder_workers();
             if (now_ >= reload_at_) { handle_hup(); }
@@ -3747,7 +3737,6 @@ private:
 #endif
         }
         if (Error error = make_pipe(g_self_pipe, true)) { return error; }
-        if (Error error = make_pipe(workers_say_, true)) { return error; }
         for (const auto& [number, name] : kSignals) { set_signals({number}, on_signal); }
         set_signals({SIGCHLD}, on_signal);
         block_signals(false);
@@ -3856,15 +3845,18 @@ private:
         canary_ = spawn_worker(generation_ + 1);
     }
 
-    /// Looks at the heartbeat files: who lives, who is ready. A canary that is ready makes its
-    /// generation the serving one. A ctime is only ever compared with itself: setting the wall
-    /// clock must not kill anyone.
+    /// Looks at the heartbeat files: who lives, is ready, wants a reload. A canary that is ready
+    /// makes its generation the serving one. A ctime is only ever compared with itself: setting the
+    /// wall clock must not kill anyone.
     void read_heartbeats() {
         for (WorkerInfo& worker : workers_) {
             struct stat info = {};
             ::fstat(worker.tmp.get(), &info);
             const int64_t ctime = nanoseconds(info.st_ctim);
             if (std::exchange(worker.last_update, ctime) != ctime) { worker.last_change = now_; }
+            if (std::exchange(worker.wishes, info.st_size) != info.st_size) {
+                reload_at_ = std::min(reload_at_, now_ + kGather);
+            }
             if (worker.booted || (info.st_mode & 2) == 0) { continue; }
             worker.booted = ever_booted_ = true;
             if (config_.check_config) { status_ = 0, halt(SIGUSR2); }
@@ -3969,9 +3961,8 @@ private:
             workers_.clear();
             (void)!::fchdir(directory_.get());  // there is one after a reload
             if (generation != generation_) { (void)!::fchdir(next_directory_.get()); }
-            directory_.reset(), next_directory_.reset(), workers_say_.first.reset();
-            Worker* worker = new Worker(config_, listeners_, queue_, tmp,
-                                        std::move(workers_say_.second), arbiter);
+            directory_.reset(), next_directory_.reset();
+            Worker* worker = new Worker(config_, listeners_, queue_, tmp, arbiter);
             ::_exit(worker->run());
         }
         if (!error && pid < 0) { error = os_error("cannot fork"); }
@@ -3992,7 +3983,7 @@ private:
         {SIGUSR1, "usr1"}, {SIGUSR2, "usr2"}, {SIGWINCH, "winch"}};
     Config& config_;  // `workers` and `old_master` change
     std::vector<Listener> listeners_;
-    Pair queue_, workers_say_;  // not through the self-pipe: they could send signals of any kind
+    Pair queue_;
     std::vector<WorkerInfo> workers_;
     pid_t reexec_pid_ = 0;           // another master, our child
     int generation_ = 0;             // the one that serves
