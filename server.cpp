@@ -3683,20 +3683,17 @@ public:
     /// Runs the server until it is told to stop; returns the exit status.
     int run() {
         if (Error error = start()) {
-            log(Level::Critical, error.text), status_ = error.code, stopping_ = true;
+            log(Level::Critical, error.text), status_ = error.code, halt(SIGQUIT);
         }
         while (!stopping_ || !workers_.empty()) {
             manage_workers();
             const bool soon = find(
                 workers_, [](const WorkerInfo& w) { return !w.booted || w.stop_by < Time::max(); });
-            (void)is_ready(g_self_pipe.first, std::min(now_ + (soon ? kTick : 1000ms), reload_at_));
-            const Time before = std::exchange(now_, Clock::now());
-            if (now_ > before + 1500ms) {  // we were stopped: silence of the workers proves nothing
-                for (WorkerInfo& worker : workers_) {
-                    worker.last_change = now_;
-                    if (worker.stop_by < Time::max()) { worker.stop_by += now_ - before; }
-                }
-            }
+            const auto nap = std::min<Clock::duration>(soon ? kTick : 1000ms, reload_at_ - now_);
+            (void)is_ready(g_self_pipe.first, woken_ + nap);
+            // While we are stopped our clock is, too: silence of the workers then proves nothing.
+            const Time before = std::exchange(woken_, Clock::now());
+            if (woken_ < before + 1500ms) { now_ += woken_ - before; }
             for (int number; (number = next_signal()) >= 0;) { handle_signal(number); }
             reap_workers();
             murder_workers();
@@ -3704,9 +3701,8 @@ public:
             maybe_promote_master();
         }
         reap_workers();
-        if (reexec_pid_ == 0 && !has_old_master()) { unlink_sockets(listeners_); }
-        listeners_.clear();  // with no descriptor left the pid file could not be read
         const bool heir = reexec_pid_ > 0;  // which puts its own in the place of this one
+        if (!heir && !has_old_master()) { unlink_sockets(listeners_); }
         const string pidfile = own_pidfile(config_);
         if (!heir && read_pidfile(pidfile) == ::getpid()) { ::unlink(pidfile.c_str()); }
         log(Level::Info, "Shutting down: Master");
@@ -3811,7 +3807,6 @@ private:
             const string heir = "MAINPID=" + to_string(reexec_pid_);
             notify_systemd(config_, reexec_pid_ > 0 ? heir : "STOPPING=1");
         }
-        reload_at_ = Time::max();
         for (Listener& each : listeners_) { each.fd.reset(); }
         for (WorkerInfo& worker : workers_) { stop_worker(worker, number); }
     }
@@ -3830,7 +3825,7 @@ private:
         reload_at_ = Time::max();
         if (stopping_) { return; }
         log(Level::Info, "Hang up: Master");
-        const auto now = std::chrono::duration_cast<microseconds>(now_.time_since_epoch());
+        const auto now = std::chrono::duration_cast<microseconds>(woken_.time_since_epoch());
         notify_systemd(config_, "RELOADING=1\nMONOTONIC_USEC=" + to_string(now.count()));
         tell_ready_ = true;
         paused_ = false;
@@ -3991,9 +3986,10 @@ private:
     pid_t canary_ = -1;
     int failures_ = 0, status_ = config_.check_config ? kAppLoadError : 0;
     bool stopping_ = false, ever_booted_ = false;
-    bool paused_ = false;     // by WINCH: no workers
-    bool tell_ready_ = true;  // systemd waits to hear that we are
-    Time now_ = Clock::now(), spawn_again_ = now_, reload_at_ = Time::max();
+    bool paused_ = false;        // by WINCH: no workers
+    bool tell_ready_ = true;     // systemd waits to hear that we are
+    Time woken_ = Clock::now();  // from the last sleep
+    Time now_ = woken_, spawn_again_ = now_, reload_at_ = Time::max();  // by the clock of run()
 };
 
 // ============================================================================
