@@ -1430,22 +1430,16 @@ private:
     }
 
     Error take_line(string_view line) {
-        switch (at.part) {
-            case Part::RequestLine:
-                if (line.empty() && head_size_ == 0) { return {}; }  // one may come before it
-                at.part = Part::Fields;
-                return take_request_line(line);
-            case Part::Fields: return line.empty() ? finish_head() : take_field(line);
-            case Part::ChunkSize: return take_chunk_size(line);
-            case Part::DataEnd: at.part = Part::ChunkSize; return {};
-            case Part::Trailers:
-                if (!line.empty()) { return take_field(line); }
-                at.part = Part::End;
-                return {};
-            case Part::Data:
-            case Part::End: break;
+        if (at.part == Part::RequestLine) {
+            if (line.empty() && head_size_ == 0) { return {}; }  // one may come before it
+            at.part = Part::Fields;
+            return take_request_line(line);
         }
-        return {};
+        if (at.part == Part::ChunkSize) { return take_chunk_size(line); }
+        if (at.part == Part::DataEnd) { return at.part = Part::ChunkSize, Error{}; }
+        if (!line.empty()) { return take_field(line); }
+        if (at.part == Part::Fields) { return finish_head(); }
+        return at.part = Part::End, Error{};
     }
 
     /// method SP request-target SP HTTP-version (RFC 9112 section 3).
@@ -4080,9 +4074,9 @@ Error apply(Config& config) {
 
 /// Takes over inherited sockets or else binds all addresses; with --check-config looks at them.
 Error bind_all(const Config& config, std::vector<Listener>& listeners) {
+    std::vector<Address> addresses;
     for (const string& text : config.bind) {  // all of them, before the first is bound
-        Address address;
-        if (Error error = parse_address(text, address)) { return error; }
+        if (Error error = parse_address(text, addresses.emplace_back())) { return error; }
     }
     if (config.check_config) { return {}; }
     for (string_view rest = config.sockets; !rest.empty();) {
@@ -4094,9 +4088,7 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
         made.inode = static_cast<ino_t>(inode);
     }
     if (!config.sockets.empty()) { return {}; }
-    for (const string& text : config.bind) {
-        Address address;
-        (void)parse_address(text, address);
+    for (const Address& address : addresses) {
         Listener& made = listeners.emplace_back();
         for (int tries = 0;; ++tries) {
             errno = 0;
