@@ -488,7 +488,7 @@ struct Config {
     string notify_socket;  // of systemd
     Strings argv;          // as it was started, and where, for an upgrade
     string directory;
-    std::vector<char*> environment;  // before --env
+    std::vector<char*> environment;  // as it was, too
     pid_t old_master = 0;            // that upgrades to this one
     char* title = nullptr;           // what ps shows
     size_t title_size = 0;
@@ -3781,7 +3781,6 @@ private:
         ::environ = config_.environment.data();
         ::setenv("SERVER_SOCKETS", sockets.c_str(), 1);
         ::setenv("SERVER_UPGRADE", to_string(::getppid()).c_str(), 1);
-        ::setenv("NOTIFY_SOCKET", config_.notify_socket.c_str(), 1);  // empty: there is none
         (void)!::chdir(config_.directory.c_str());
         exec_program(config_, config_.argv);
     }
@@ -4000,7 +3999,8 @@ Error apply(Config& config) {
     }
     config.chdir = absolute(config.directory, config.chdir);
     if (config.proc_name.empty()) { config.proc_name = config.app; }
-    config.reload = config.reload && !config.check_config;
+    for (char** each = ::environ; *each != nullptr; ++each) { config.environment.push_back(*each); }
+    config.environment.push_back(nullptr);
     config.notify_socket = environment("NOTIFY_SOCKET");
     config.sockets = environment("SERVER_SOCKETS");
     int64_t count = 0, old_master = 0;
@@ -4018,8 +4018,6 @@ Error apply(Config& config) {
           "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
         ::unsetenv(name);  // what is between systemd, an old master and this server
     }
-    for (char** each = ::environ; *each != nullptr; ++each) { config.environment.push_back(*each); }
-    config.environment.push_back(nullptr);
     for (const string& pair : config.raw_env) {
         const size_t equals = pair.find('=');
         ::setenv(pair.substr(0, equals).c_str(), pair.c_str() + equals + 1, 1);
@@ -4065,7 +4063,7 @@ Error apply(Config& config) {
     }
     if (config.check_config) {  // until one worker has loaded the application, and seen by nobody
         config.workers = 1;
-        config.daemon = false;
+        config.daemon = config.reload = false;
         config.pidfile = config.notify_socket = "";
         g_log.level = std::max(g_log.level, Level::Warning);
     }
