@@ -3688,6 +3688,7 @@ public:
             // While we are stopped our clock is, too: silence of the workers then proves nothing.
             const Time before = std::exchange(woken_, Clock::now());
             if (woken_ < before + 1500ms) { now_ += woken_ - before; }
+            read_heartbeats();
             for (int number; (number = next_signal()) >= 0;) { handle_signal(number); }
             reap_workers();
             murder_workers();
@@ -3858,7 +3859,6 @@ private:
     /// Ends workers that have not beaten for `timeout`, by SIGABRT and then SIGKILL, and those that
     /// were told to stop and have not in time.
     void murder_workers() {
-        read_heartbeats();
         for (WorkerInfo& worker : workers_) {
             if (now_ >= worker.stop_by) { ::kill(worker.pid, SIGKILL); }
             const bool late = config_.timeout > 0s && now_ >= worker.last_change + config_.timeout;
@@ -3879,7 +3879,6 @@ private:
             }
             WorkerInfo* found = find(workers_, [pid](const WorkerInfo& w) { return w.pid == pid; });
             if (found == nullptr) { continue; }
-            read_heartbeats();
             const WorkerInfo worker = std::move(*found);
             workers_.erase(workers_.begin() + (found - workers_.data()));
             if (status != 0) {

@@ -9389,12 +9389,12 @@ TEST_CASE("when the directory for small files vanishes all goes on, and heals on
 }
 
 TEST_CASE("too few descriptors for a worker end the server, which says so") {
-    for (rlim_t most = 12; most <= 18; ++most) {
+    for (rlim_t most = 10; most <= 18; ++most) {
         const Limit descriptors(RLIMIT_NOFILE, most);
         Server server(kHello, {"-w", "1"}, {}, false);
         CHECK(server.wait_end(15s));
         CHECK_MESSAGE(server.exit_code() == 3, server.log());
-        CHECK(contains(server.log(), most == 12 ? "No new worker: " : "Worker cannot boot: "));
+        CHECK(contains(server.log(), most == 10 ? "No new worker: " : "Worker cannot boot: "));
         CHECK_MESSAGE(contains(server.log(), ": Too many open files\n"), server.log());
         CHECK(contains(server.log(), "Worker failed to boot."));
     }
