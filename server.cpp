@@ -1181,12 +1181,6 @@ pid_t read_pidfile(const string& path) {
     return good ? static_cast<pid_t>(pid) : 0;
 }
 
-/// While there is an old master its pid file stays, and ours stands beside it.
-string own_pidfile(const Config& config) {
-    return config.old_master > 0 && !config.pidfile.empty() ? config.pidfile + ".2"
-                                                            : config.pidfile;
-}
-
 /// Refuses a pid file with the number of a live process in it (--check-config overlooks that: it
 /// is no fault of the settings), or where none can be written.
 Error check_pidfile(const Config& config, const string& path) {
@@ -3698,8 +3692,8 @@ public:
         reap_workers();
         const bool heir = reexec_pid_ > 0;  // which puts its own in the place of this one
         if (!heir && !has_old_master()) { unlink_sockets(listeners_); }
-        const string pidfile = own_pidfile(config_);
-        if (!heir && read_pidfile(pidfile) == ::getpid()) { ::unlink(pidfile.c_str()); }
+        const char* pidfile = config_.pidfile.c_str();
+        if (!heir && read_pidfile(pidfile) == ::getpid()) { ::unlink(pidfile); }
         log(Level::Info, "Shutting down: Master");
         if (status_ == kAppLoadError) { log(Level::Error, "Reason: App failed to load."); }
         if (status_ == kWorkerBootError) { log(Level::Error, "Reason: Worker failed to boot."); }
@@ -3789,10 +3783,11 @@ private:
     /// The old master has gone: this is the master now.
     void maybe_promote_master() {
         if (config_.old_master == 0 || has_old_master()) { return; }
-        const string pidfile = own_pidfile(config_);
         config_.old_master = 0;
         log(Level::Info, "Master has been promoted.");
-        if (!pidfile.empty()) { (void)::rename(pidfile.c_str(), config_.pidfile.c_str()); }
+        const string beside = config_.pidfile;  // or empty: then rename() does nothing
+        config_.pidfile = beside.substr(0, beside.rfind(".2"));
+        (void)::rename(beside.c_str(), config_.pidfile.c_str());
     }
 
     /// SIGUSR2: workers finish what they have. SIGQUIT, also later: they leave at once.
@@ -4011,6 +4006,7 @@ Error apply(Config& config) {
     if (parse_number(environment("SERVER_UPGRADE"), old_master)) {  // it may have gone already
         config.old_master = static_cast<pid_t>(old_master);
         config.detached = config.daemon;
+        if (!config.pidfile.empty()) { config.pidfile += ".2"; }  // beside that of the old master
     }
     for (const char* name :
          {"SERVER_UPGRADE", "SERVER_SOCKETS", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
@@ -4047,7 +4043,7 @@ Error apply(Config& config) {
         if (Error error = make_temp_file(dir, probe)) { return error; }
     }
     if (Error error = resolve_user(config)) { return error; }
-    if (Error error = check_pidfile(config, own_pidfile(config))) { return error; }
+    if (Error error = check_pidfile(config, config.pidfile)) { return error; }
     if (config.errorlog.empty()) { config.errorlog = "-"; }
     for (string* path : {&config.errorlog, &config.accesslog}) {  // for whoever opens them again
         if (!path->empty() && *path != "-") { *path = absolute(config.chdir, *path); }
@@ -4119,7 +4115,7 @@ int main(int argc, char** argv) {
     if (!error) { error = bind_all(config, listeners); }
     if (!error && config.daemon && !config.detached) { error = daemonize(config); }
     block_signals(true);  // from the pid file on, until the arbiter handles them
-    if (!error) { error = write_pidfile(own_pidfile(config)); }
+    if (!error) { error = write_pidfile(config.pidfile); }
     if (error) {
         if (config.old_master == 0) { unlink_sockets(listeners); }
         if (config.detached) { log(Level::Critical, error.text); }
