@@ -3675,8 +3675,10 @@ public:
         }
         while (!stopping_ || !workers_.empty()) {
             manage_workers();
-            const bool soon = find(
-                workers_, [](const WorkerInfo& w) { return !w.booted || w.stop_by < Time::max(); });
+            const bool soon =
+                config_.reload || now_ < spawn_again_ || find(workers_, [](const WorkerInfo& w) {
+                    return !w.booted || w.stop_by < Time::max();
+                });
             const auto nap = std::min<Clock::duration>(soon ? kTick : 1000ms, reload_at_ - now_);
             (void)is_ready(g_self_pipe.first, woken_ + nap);
             // While we are stopped our clock is, too: silence of the workers then proves nothing.
@@ -3998,7 +4000,7 @@ Error apply(Config& config) {
     config.notify_socket = environment("NOTIFY_SOCKET");
     config.sockets = environment("SERVER_SOCKETS");
     int64_t count = 0, old_master = 0;
-    if (environment("LISTEN_PID") == to_string(::getpid()) &&
+    if (config.sockets.empty() && environment("LISTEN_PID") == to_string(::getpid()) &&
         parse_number(environment("LISTEN_FDS"), count)) {
         const int end = 3 + static_cast<int>(std::min<int64_t>(count, FD_SETSIZE / 2));
         for (int fd = 3; fd < end; ++fd) { config.sockets += to_string(fd) + ":0:"; }
