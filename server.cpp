@@ -2283,8 +2283,7 @@ int boot_status(int status) {
 //  9. Connection: what the worker knows of one client
 //
 //  ReadHead → ReadBody → Ready → Run → Reply → Linger → Done; a refused request goes straight
-//  to Reply. Only Worker::set_state() changes the state, and with it the deadline and the place in
-//  the list of those that are Ready; who comes by the ready queue keeps the deadline that he had.
+//  to Reply. Only Worker::set_state() changes the state; due() says how long each may last.
 // ============================================================================
 enum class Stop { No, Leave, Drain, Now };  // Drain: the ready queue, too
 enum class State { ReadHead, ReadBody, Ready, Run, Reply, Linger, Done };
@@ -2293,13 +2292,14 @@ enum class State { ReadHead, ReadBody, Ready, Run, Reply, Linger, Done };
 struct Passport {
     Time accepted, started;            // connected; the request was complete, or Linger began
     State state = State::ReadHead;     // in the queue: Ready, or how far the request has come,
-    Time deadline{};                   // and by when that has to go on
+    Time since{};                      // when it came to that, or last went on
     RequestParser::Framing framing{};  // in the queue alone, as is the next: parser.at
     int64_t stored = 0;                // bytes of the body that are in a file
     int minor = 0;                     // HTTP/1.minor
     bool bodyless = false;             // HEAD, 204, 304: the response has no body
     bool more = false, eof = false;    // the client sent more than its request; half-closed
     bool awaits_proxy = false;         // a PROXY header may come first
+    bool silent = true;  // nothing else has come: a proxy looks whether somebody is there
 };
 
 struct Connection : Passport {
@@ -2349,9 +2349,6 @@ struct Connection : Passport {
         }
         body.append(message, message.size());
     }
-
-    /// Nothing has come but, perhaps, a PROXY header: a proxy looks whether somebody is there.
-    bool silent() const { return state == State::ReadHead && in.empty() && taken.empty(); }
 
     /// For logs: the request line, to be escaped.
     string request_line() const {
@@ -2495,11 +2492,7 @@ private:
         listeners_.clear();
         empty_backlog();
         if (stop_ != Stop::Drain) { closing_.clear(); }  // others serve the rest
-        next_tick_ = now_;  // which dismisses the runner if nothing is left to do
-        for (const auto& c : connections_) {
-            if (!c || !c->silent() || how == Stop::Leave) { continue; }  // or handed over
-            c->deadline = std::min(c->deadline, now_ + 1s);  // silent, but perhaps on its way
-        }
+        next_tick_ = stopped_ = now_;  // to dismiss the runner if nothing is left to do
     }
 
     /// Accepts what waits at the listeners, as there is room for it, but no more than their backlog
@@ -2634,9 +2627,9 @@ private:
         }
         hot_ = std::exchange(fresh_, fd_set{});
         for (const auto& c : connections_) {
-            if (!c || !is_late(*c)) { continue; }
+            if (!c || now_ < due(*c)) { continue; }
             if (c->state <= State::ReadBody) { read_client(*c); }  // perhaps it has come
-            if (is_late(*c)) { expire(*c); }
+            if (now_ >= due(*c)) { expire(*c); }
             settle(*c);
         }
         tick_runners();
@@ -2692,39 +2685,37 @@ private:
         return config_.timeout > 0s ? since + config_.timeout : Time::max();
     }
 
-    /// Who waits for a runner does so anew after a stop, which the runners may have shared.
-    bool is_late(const Passport& c) const {
-        const Time again = c.state == State::Ready ? patience(thawed_) : Time{};
-        return now_ >= std::max(c.deadline, again);
+    /// By when something has to come of a connection.
+    Time due(const Passport& c) const {
+        switch (c.state) {
+            case State::ReadHead:  // when we stop, what a silent one sends may be on its way
+                return c.silent && stop_ == Stop::Drain ? std::max(c.accepted, stopped_) + 1s
+                                                        : c.accepted + config_.header_timeout;
+            case State::ReadBody: return patience(c.since);
+            case State::Ready: return patience(std::max(c.started, thawed_));
+            case State::Reply: return std::max(patience(c.since), c.since + kSendSilence);
+            case State::Linger: return std::min(c.since + kLingerSilence, c.started + kLingerTotal);
+            case State::Run:  // the runner has a deadline
+            case State::Done: break;
+        }
+        return Time::max();
     }
 
     void set_state(Connection& c, State state) {
-        if (c.state == State::Ready && state != State::Ready) { ready_.erase(c.place); }
+        if (c.state == State::Ready) { ready_.erase(c.place); }
+        if (state == State::Ready) { c.place = ready_.insert(ready_.end(), &c); }
         c.state = state;
-        switch (state) {
-            case State::ReadHead: c.deadline = now_ + config_.header_timeout; break;
-            case State::Ready:
-                c.deadline = patience(c.started);
-                c.place = ready_.insert(ready_.end(), &c);
-                break;
-            case State::ReadBody: c.deadline = patience(now_); break;
-            case State::Reply: c.deadline = std::max(patience(now_), now_ + kSendSilence); break;
-            case State::Linger: c.deadline = now_ + kLingerSilence; break;
-            case State::Run:  // the runner has one
-            case State::Done: c.deadline = Time::max(); break;
-        }
+        c.since = now_;
     }
 
     /// What becomes of a connection whose time is up.
     void expire(Connection& c) {
         switch (c.state) {
-            case State::ReadHead:
-                if (c.silent()) { return set_state(c, State::Done); }
-                return refuse(c, {408, "the head of the request took too long"});
+            case State::ReadHead: return refuse(c, {408, "the head of the request took too long"});
             case State::ReadBody: return refuse(c, {408, "the body of the request stopped coming"});
             case State::Ready: return refuse(c, {503, "no runner was to be had"});
             case State::Reply:
-                if (c.out.size() == 0) { return set_state(c, State::Reply); }
+                if (c.out.size() == 0) { return set_state(c, State::Reply); }  // waits for more
                 log_about(c, Level::Info, "The client took nothing");
                 return client_gone(c);
             case State::Linger: return set_state(c, State::Done);
@@ -2787,7 +2778,6 @@ private:
         last_accept_ = c->accepted = now_;
         set_state(*c, State::ReadHead);
         read_client(*c);
-        if (stop_ == Stop::Drain && c->silent()) { c->deadline = now_ + 1s; }
         settle(*c);
         return true;
     }
@@ -2809,11 +2799,11 @@ private:
         const auto rank = [](const Connection& c) {
             return std::make_pair(c.state != State::Linger, c.accepted);
         };
-        const Time late = now_ + std::max<Clock::duration>(kSendSilence - config_.timeout, 0s);
         Connection* victim = nullptr;
         for (const auto& c : connections_) {
             if (!c) { continue; }
-            const bool stuck = c->state == State::Reply && c->deadline <= late && c->out.size() > 0;
+            const bool stuck =
+                c->state == State::Reply && c->out.size() > 0 && now_ >= patience(c->since);
             if (!stuck && c->state != State::Linger && c->state > State::ReadBody) { continue; }
             if (victim == nullptr || rank(*c) < rank(*victim)) { victim = c.get(); }
         }
@@ -2834,7 +2824,7 @@ private:
     void drop(Connection& c) {
         if (c.state == State::Reply) {
             expire(c);
-        } else if (c.state != State::Linger && !c.silent()) {
+        } else if (c.state != State::Linger) {
             refuse(c, {503, "too many connections"});
             (void)read_some(c.socket, buffer_, kPiece);  // unread bytes would reset it
         }
@@ -2858,9 +2848,7 @@ private:
             return parse(c, string_view(buffer_, static_cast<size_t>(n)));
         }
         c.more = c.more || n > 0;
-        if (c.state != State::Linger) { return; }
-        const bool over = c.eof || now_ >= c.started + kLingerTotal;
-        set_state(c, over ? State::Done : State::Linger);
+        if (c.state == State::Linger) { set_state(c, c.eof ? State::Done : State::Linger); }
     }
 
     /// Head and body, as far as they have come: what was left of them, and `fresh`.
@@ -2868,12 +2856,13 @@ private:
         if (!c.in.empty()) { fresh = c.in += fresh; }
         string_view in = fresh, piece;
         Parse parsed = c.awaits_proxy ? take_proxy(c, in) : Parse::Head;
-        const bool started = parsed == Parse::Head;
         fresh = in;  // without the PROXY header
-        while (started &&
-               ((parsed = c.parser.next(in, piece)) == Parse::Head || parsed == Parse::Data)) {
-            parsed == Parse::Head ? take_head(c) : c.body.append(piece, kPiece);
-            if (c.state != State::ReadBody) { return; }
+        c.silent = c.silent && in.empty();
+        while (parsed == Parse::Head || parsed == Parse::Data) {
+            parsed = c.parser.next(in, piece);
+            if (parsed == Parse::Head) { take_head(c); }
+            if (parsed == Parse::Data) { c.body.append(piece, kPiece); }
+            if (c.state > State::ReadBody) { return; }
         }
         if (parsed == Parse::Bad) { return refuse(c, c.parser.error); }
         if (c.state == State::ReadHead) { c.taken += fresh.substr(0, fresh.size() - in.size()); }
@@ -2883,22 +2872,21 @@ private:
             return refuse(c, {507, os_error("no room on disk for the body").text});
         }
         if (parsed == Parse::Done) { return ready(c); }
-        if (c.eof && c.silent()) { return set_state(c, State::Done); }
         if (c.eof) { return refuse(c, {400, "the request ends early"}); }
-        if (c.state == State::ReadBody) { set_state(c, State::ReadBody); }
+        c.since = now_;
     }
 
     /// The PROXY header that may stand before a request. Head: the request begins.
     Parse take_proxy(Connection& c, string_view& in) {
         Endpoints said = c.ends;
-        const size_t before = in.size();
-        const Parse parsed = take_proxy_header(in, said);
-        const bool there = in.size() < before;
-        if (there && !is_listed(config_.proxy_allow_from, c.from)) {
+        string_view rest = in;
+        const Parse parsed = take_proxy_header(rest, said);
+        if (rest.size() < in.size() && !is_listed(config_.proxy_allow_from, c.from)) {
             return c.parser.error = {403, "who sent a PROXY header may not"}, Parse::Bad;
         }
         if (parsed == Parse::Bad) { c.parser.error = {400, "not a PROXY header"}; }
         if (parsed != Parse::Done) { return parsed; }
+        in = rest;
         c.ends = said;
         c.awaits_proxy = false;
         return Parse::Head;
@@ -2938,8 +2926,9 @@ private:
         set_state(c, State::Ready);
     }
 
-    /// Answers in the server's own name, whatever became of the request.
+    /// Answers in the server's own name, whatever became of the request, if there was one.
     void refuse(Connection& c, const Error& error) {
+        if (c.silent) { return set_state(c, State::Done); }
         log_about(c, error.code < 500 ? Level::Warning : Level::Error,
                   to_string(error.code) + " to " + c.ends.peer + ": " + error.text);
         const Request& request = c.parser.request;  // perhaps only part of one
@@ -2965,7 +2954,7 @@ private:
             const ssize_t n = ::send(c.socket.get(), data.data(), data.size(), last ? kMore : 0);
             if (n < 0) { return would_block() ? void() : client_gone(c); }
             c.out.pop(static_cast<size_t>(n));
-            if (c.state == State::Reply) { set_state(c, State::Reply); }
+            c.since = now_;
         }
         if (c.complete && c.state == State::Reply) { finish(c); }
     }
@@ -2991,7 +2980,7 @@ private:
 
     /// A reset or a failed write: nobody is there to be answered.
     void client_gone(Connection& c) {
-        if (c.state != State::Linger && !c.silent()) {
+        if (c.state != State::Linger && !c.silent) {
             write_access(c, c.response.status != 0 ? c.response.status : 499);
         }
         each_slot([&](Slot& slot) {
@@ -3086,15 +3075,13 @@ private:
         c->unpack(string_view(buffer_, static_cast<size_t>(n)));
         const bool lost = c->stored > 0 && !file;  // no descriptor was free for it
         if (c->stored > 0) { c->body.adopt_file(raise_fd(std::move(file)), c->stored); }
-        const Time deadline = c->deadline;
-        set_state(*c, std::exchange(c->state, State::ReadHead));
-        c->deadline = deadline;
+        if (c->state == State::Ready) { c->place = ready_.insert(ready_.end(), c); }
         if (c->state == State::ReadBody) { c->parser.at = c->framing; }
         if (c->state == State::ReadHead && !c->in.empty()) { parse(*c, ""); }
         if (c->state <= State::Ready && !c->eof) { read_client(*c); }  // more, or a reset?
         if (lost && c->state <= State::Ready) {
             refuse(*c, {503, "no descriptor for the body"});
-        } else if (is_late(*c)) {
+        } else if (now_ >= due(*c)) {
             expire(*c);
         }
         settle(*c);
@@ -3106,7 +3093,7 @@ private:
     void expire_queue() {
         Passport pass;
         while (::recv(queue_.second.get(), &pass, sizeof pass, MSG_PEEK | MSG_DONTWAIT) > 0 &&
-               (pass.state != State::Ready || is_late(pass))) {
+               (pass.state != State::Ready || now_ >= due(pass))) {
             if (!dequeue()) { return; }
         }
     }
@@ -3348,7 +3335,7 @@ private:
         if (kept.size() < static_cast<size_t>(c.out.size())) { return 0; }
         const ssize_t n = write_parts(c.socket, kept, parts);
         if (n <= 0) { return 0; }
-        set_state(c, State::Reply);
+        c.since = now_;
         const size_t sent = static_cast<size_t>(n), old = std::min(sent, kept.size());
         c.out.pop(old);
         return sent - old;
@@ -3638,7 +3625,7 @@ private:
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_;
     Time last_begin_ = now_;          // when a request went out last
-    Time thawed_{};                   // when we went on after we had been stopped
+    Time stopped_{}, thawed_{};       // when we were told to stop; went on after a SIGSTOP
     Time last_accept_{}, lost_at_{};  // when a client came in last; when one was taken by others
     std::pair<const Slot*, Time> shown_{nullptr, now_};  // by show_title(), and when that began
     char replies_[kMaxMessage];  // from the runner; while they are read, buffer_ may be used
