@@ -2524,10 +2524,8 @@ private:
             return fd && FD_ISSET(fd.get(), &set);
         };
         if (is_set(g_self_pipe.first, reads)) { handle_signals(); }
-        const bool frozen = woken > before + 1500ms;  // perhaps with the runner
-        if (frozen) { thawed_ = woken; }
+        if (woken > before + 1500ms) { thawed_ = woken; }  // frozen, perhaps with the runner
         each_slot([&](Slot& slot) {
-            if (frozen && slot.deadline < Time::max()) { slot.deadline += woken - before; }
             if (is_set(slot.copy, writes)) { feed_runner(slot); }
             if (is_set(slot.from, reads)) { read_runner(slot); }
         });
@@ -2644,12 +2642,13 @@ private:
 
     /// Hung slots, runners that should be gone, and whether another has to start.
     void tick_runners() {
-        each_slot([this](Slot& slot) {
-            if (slot.busy() && now_ >= slot.deadline) { hung_app(slot); }
+        const Time anew = patience(thawed_);  // a stop, which they may have shared, does not count
+        each_slot([&](Slot& slot) {
+            if (slot.busy() && now_ >= std::max(slot.deadline, anew)) { hung_app(slot); }
         });
         for (Runner& runner : runners_) {
             Time& late = runner.slots[0].deadline;
-            if (runner.phase == Phase::Booting && now_ >= late) {
+            if (runner.phase == Phase::Booting && now_ >= std::max(late, anew)) {
                 late = Time::max();
                 log(Level::Warning, runner.name() + "still loads the application");
             }
@@ -3625,7 +3624,7 @@ private:
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_;
     Time last_begin_ = now_;          // when a request went out last
-    Time stopped_{}, thawed_{};       // when we were told to stop; went on after a SIGSTOP
+    Time stopped_{}, thawed_{};       // when we were told to stop; went on after a freeze
     Time last_accept_{}, lost_at_{};  // when a client came in last; when one was taken by others
     std::pair<const Slot*, Time> shown_{nullptr, now_};  // by show_title(), and when that began
     char replies_[kMaxMessage];  // from the runner; while they are read, buffer_ may be used
