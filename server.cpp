@@ -2962,7 +2962,7 @@ private:
     /// response with it: then half-close, and read on (RFC 9112 section 9.6). The half-close comes
     /// first in any case, for with kMore the last bytes leave only then.
     void finish(Connection& c) {
-        write_access(c, c.response.status);
+        write_access(c);
         if (c.broken && !c.chunked && c.left < 0 && !c.bodyless) {
             const struct linger reset = {1, 0};  // only a reset shows that this response is cut
             ::setsockopt(c.socket.get(), SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
@@ -2979,9 +2979,7 @@ private:
 
     /// A reset or a failed write: nobody is there to be answered.
     void client_gone(Connection& c) {
-        if (c.state != State::Linger && !c.silent) {
-            write_access(c, c.response.status != 0 ? c.response.status : 499);
-        }
+        if (c.state != State::Linger && !c.silent) { write_access(c); }
         each_slot([&](Slot& slot) {
             const auto mine = [&c](const Turn& turn) { return turn.client == &c; };
             if (slot.current() == &c) { return abandon(slot); }
@@ -2995,11 +2993,12 @@ private:
         log(level, what + ": " + escape(c.request_line()));
     }
 
-    void write_access(const Connection& c, int status) {
+    void write_access(const Connection& c) {
         if (!g_log.access_file) { return; }
         const Time start = c.started != Time{} ? c.started : c.accepted;
         const int64_t bytes = std::max<int64_t>(c.body_bytes - c.out.size(), 0);  // less if cut
         const auto took = std::chrono::ceil<microseconds>(Clock::now() - start);
+        const int status = c.response.status != 0 ? c.response.status : 499;  // gone before that
         const Access access{c.env, c.head, c.request_line(), c.ends.peer, status, bytes, took};
         const bool good =
             write_all(g_log.access_file, access_line(config_.access_log_format, access));
