@@ -2570,6 +2570,7 @@ private:
 
     /// Completes the sets with what depends on the runner, and says when to wake at the latest.
     Time prepare(fd_set& reads, fd_set& writes) {
+        const bool room = connected_ <= config_.worker_connections || find_victim() != nullptr;
         const bool at_once = !ready_.empty() && has_idle_slot();  // run_requests() has its limits
         Time until = at_once ? now_ : std::min(next_tick_, pass_at());
         watch(g_self_pipe.first, reads);
@@ -2579,7 +2580,6 @@ private:
             watch(slot.from, reads);
             until = std::min(until, take_back_at(slot));
         });
-        const bool room = connected_ <= config_.worker_connections || find_victim() != nullptr;
         if (places() > 0 && room && stop_ != Stop::Leave) { watch(queue_.second, reads); }
         // A busy worker leaves connections to idle ones for a while: or all would wake for one.
         const Time accept_at =
@@ -2742,7 +2742,7 @@ private:
     /// listeners are left alone for a moment, so as not to spin around them.
     bool accept_client(const Listener& listener) {
         const bool full = connected_ >= config_.worker_connections;
-        Connection* victim = full ? choose_victim() : nullptr;
+        Connection* victim = full ? find_victim() : nullptr;
         if (full && victim == nullptr) { return accept_again_ = now_ + kTick, false; }
         sockaddr_storage peer{};
         socklen_t size = sizeof peer;
@@ -2793,8 +2793,9 @@ private:
     }
 
     /// Who has to go when there are too many: one that lingers, or else the one that came first of
-    /// those that are unfinished or have taken nothing for `timeout`. Null: all are being served.
-    Connection* find_victim() const {
+    /// those that are unfinished or have taken nothing for `timeout`. Null: all are being served;
+    /// or what lies in the kernel has just completed this one's request.
+    Connection* find_victim() {
         const auto rank = [](const Connection& c) {
             return std::make_pair(c.state != State::Linger, c.accepted);
         };
@@ -2806,15 +2807,9 @@ private:
             if (!stuck && c->state != State::Linger && c->state > State::ReadBody) { continue; }
             if (victim == nullptr || rank(*c) < rank(*victim)) { victim = c.get(); }
         }
-        return victim;
-    }
-
-    /// find_victim()'s choice, unless what lies in the kernel completes its request: then null.
-    Connection* choose_victim() {
-        Connection* victim = find_victim();
-        if (victim == nullptr || victim->state >= State::Ready) { return victim; }
+        if (victim == nullptr || victim->state > State::ReadBody) { return victim; }
         read_client(*victim);
-        const bool unfinished = victim->state < State::Ready;
+        const bool unfinished = victim->state <= State::ReadBody;
         settle(*victim);
         return unfinished ? victim : nullptr;
     }
@@ -2833,7 +2828,7 @@ private:
 
     /// Makes room for one more; false where nobody can go.
     bool shed() {
-        Connection* victim = choose_victim();
+        Connection* victim = find_victim();
         if (victim != nullptr) { drop(*victim); }
         return victim != nullptr;
     }
