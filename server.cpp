@@ -3307,31 +3307,26 @@ private:
         send_or_keep(c, {size, piece, "\r\n"});
     }
 
-    /// What is large goes from the buffer to the client, as far as that takes it. The rest, and
-    /// what is small, is kept for the flush() at the end of read_runner(): up to kReplyMemory a
-    /// client and kWorkerMemory in all in memory, then in a file.
+    /// What is large goes from the buffer to the client, as far as that takes it, behind what is
+    /// kept if that is all in memory. The rest, and what is small, is kept for the flush() at the
+    /// end of read_runner(): up to kReplyMemory a client and kWorkerMemory in all in memory, then
+    /// in a file.
     void send_or_keep(Connection& c, std::initializer_list<string_view> parts) {
         const size_t limit = reply_memory_ < kWorkerMemory ? kReplyMemory : 0;
         size_t all = static_cast<size_t>(c.out.size()), gone = 0;
         for (const string_view part : parts) { all += part.size(); }
-        if (all >= kPiece / 4) { gone = send_parts(c, parts); }
+        const string_view kept = all >= kPiece / 4 ? c.out.front() : string_view();
+        if (all >= kPiece / 4 && c.out.size() == static_cast<int64_t>(kept.size())) {
+            const ssize_t n = write_parts(c.socket, kept, parts);
+            if (n > 0) { gone = static_cast<size_t>(n), c.since = now_; }
+            c.out.pop(std::min(gone, kept.size()));
+            gone -= std::min(gone, kept.size());
+        }
         for (const string_view part : parts) {
             const size_t here = std::min(gone, part.size());
             gone -= here;
             c.out.append(part.substr(here), limit);
         }
-    }
-
-    /// Sends what is kept, if that is all in memory, and the parts with it. How much of these went.
-    size_t send_parts(Connection& c, std::initializer_list<string_view> parts) {
-        const string_view kept = c.out.front();
-        if (kept.size() < static_cast<size_t>(c.out.size())) { return 0; }
-        const ssize_t n = write_parts(c.socket, kept, parts);
-        if (n <= 0) { return 0; }
-        c.since = now_;
-        const size_t sent = static_cast<size_t>(n), old = std::min(sent, kept.size());
-        c.out.pop(old);
-        return sent - old;
     }
 
     /// The application is loaded: this runner serves, and one that did until now finishes what it
