@@ -2449,7 +2449,7 @@ private:
     bool has_work() const {
         return stop_ < Stop::Leave ||
                (stop_ < Stop::Now &&
-                (connected_ > 0 || !closing_.empty() ||
+                (connected_ > 0 || !listeners_.empty() ||
                  (stop_ == Stop::Drain && !dismissed_ && is_ready(queue_.second))));
     }
 
@@ -2488,21 +2488,20 @@ private:
     /// Unless it is now, what has been accepted is served, and what waits in the backlog accepted.
     void stop(Stop how) {
         stop_ = std::max(stop_, how);
-        if (booted_ && closing_.empty()) { closing_ = std::move(listeners_); }
-        listeners_.clear();
+        if (!booted_ || stop_ == Stop::Now) { listeners_.clear(); }
         empty_backlog();
-        if (stop_ != Stop::Drain) { closing_.clear(); }  // others serve the rest
+        if (stop_ != Stop::Drain) { listeners_.clear(); }  // others serve the rest
         next_tick_ = stopped_ = now_;  // to dismiss the runner if nothing is left to do
     }
 
     /// Accepts what waits at the listeners, as there is room for it, but no more than their backlog
     /// holds: more may come all the time.
     void empty_backlog() {
-        for (; stop_ != Stop::Now && !closing_.empty(); closing_.pop_back(), closed_ = 0) {
+        for (; stop_ != Stop::No && !listeners_.empty(); listeners_.pop_back(), closed_ = 0) {
             for (accept_again_ = now_; closed_ < config_.backlog; ++closed_) {
                 const bool full = connected_ >= config_.worker_connections;
                 while (full && !ready_.empty() && enqueue(*ready_.front())) {}  // makes room
-                if (!accept_client(closing_.back())) { break; }
+                if (!accept_client(listeners_.back())) { break; }
             }
             if (accept_again_ > now_) { return; }  // no room, for now
         }
@@ -2585,7 +2584,7 @@ private:
         const Time accept_at =
             std::max(accept_again_, has_idle_slot() ? now_ : last_begin_ + kAcceptDelay);
         for (const Listener& each : listeners_) {
-            if (booted_ && now_ >= accept_at) { watch(each.fd, reads); }
+            if (booted_ && stop_ == Stop::No && now_ >= accept_at) { watch(each.fd, reads); }
         }
         return booted_ && now_ < accept_at ? std::min(until, accept_at) : until;
     }
@@ -2601,7 +2600,7 @@ private:
         for (int round = 0; round < 8; ++round) {
             if (std::exchange(look_, false)) { take_from_queue(); }
             dispatch();
-            if (wants_request()) { accept_clients(); }
+            if (stop_ == Stop::No && wants_request()) { accept_clients(); }
             Slot* slot = nullptr;  // whose request went out just now
             each_slot([&](Slot& each) { slot = each.busy() && each.since == now_ ? &each : slot; });
             if (slot == nullptr) { return; }
@@ -2674,7 +2673,7 @@ private:
         for (fd_set* set : {&reads_, &hot_, &fresh_}) { watch(c.socket, *set, !done && !c.eof); }
         watch(c.socket, writes_, !done && c.out.size() > 0);
         if (!done) { return; }
-        if (!closing_.empty()) { accept_again_ = now_; }  // there is room now
+        if (stop_ != Stop::No) { accept_again_ = now_; }  // for empty_backlog() there is room now
         --connected_;
         connections_[c.socket.get()].reset();
     }
@@ -3592,10 +3591,9 @@ private:
 
     const Config& config_;
     std::vector<Listener>& listeners_;
-    std::vector<Listener> closing_;  // once it stops: those at whom somebody may wait still,
-    int closed_ = 0;                 // and how many have been accepted from the last of these
-    const Pair& queue_;              // first is sent into, second received from
-    const Fd& tmp_;                  // the heartbeat file
+    int closed_ = 0;     // once it stops: how many have been accepted from the last of these
+    const Pair& queue_;  // first is sent into, second received from
+    const Fd& tmp_;      // the heartbeat file
     const pid_t arbiter_;
     off_t wishes_ = 0;                                     // for new workers
     std::list<Runner> runners_;                            // one serves; others boot or leave
