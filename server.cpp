@@ -2448,9 +2448,8 @@ private:
     /// Whether a runner is still wanted.
     bool has_work() const {
         return stop_ < Stop::Leave ||
-               (stop_ < Stop::Now &&
-                (connected_ > 0 || !listeners_.empty() ||
-                 (stop_ == Stop::Drain && !dismissed_ && is_ready(queue_.second))));
+               (stop_ < Stop::Now && (connected_ > 0 || !listeners_.empty() ||
+                                      (stop_ == Stop::Drain && is_ready(queue_.second))));
     }
 
     void handle_signals() {
@@ -3477,8 +3476,7 @@ private:
     void dismiss(Runner& runner) {
         const bool booting = runner.phase == Phase::Booting, now = stop_ == Stop::Now;
         kill_runner_after(runner, booting ? 0ms : now ? kKillDelay / 2 : config_.graceful_timeout);
-        if (!runner.slots[0].pipe()) { return; }
-        dismissed_ = true;
+        if (stop_ == Stop::Drain) { stop_ = Stop::Leave; }  // what comes to the queue is for others
         runner.close_requests();
         runner.phase = Phase::Dying;
     }
@@ -3602,7 +3600,7 @@ private:
     int connected_ = 0, failures_ = 0, status_ = 0, max_fd_ = 0;
     size_t next_listener_ = 0, served_ = 0;  // the listener to begin with; requests
     Stop stop_ = Stop::No;
-    bool booted_ = false, spinner_ = false, dismissed_ = false;  // dismissed: the last runner
+    bool booted_ = false, spinner_ = false;
     bool logs_access_ = true;  // the last line of the access log was written
     bool look_ = false;        // into the ready queue, before what waits here is handed out
     size_t reply_memory_ = 0;
