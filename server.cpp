@@ -2305,7 +2305,6 @@ struct Passport {
 struct Connection : Passport {
     explicit Connection(const Config& config) : parser(config) {}
     Fd socket;
-    std::list<Connection*>::iterator place;  // in Worker::ready_, while it is Ready
     Endpoints ends;
     string from;   // the socket's peer, whatever a PROXY header says
     string in;     // read and not yet understood
@@ -2699,8 +2698,8 @@ private:
     }
 
     void set_state(Connection& c, State state) {
-        if (c.state == State::Ready) { ready_.erase(c.place); }
-        if (state == State::Ready) { c.place = ready_.insert(ready_.end(), &c); }
+        if (c.state == State::Ready) { ready_.erase(std::find(ready_.begin(), ready_.end(), &c)); }
+        if (state == State::Ready) { ready_.push_back(&c); }
         c.state = state;
         c.since = now_;
     }
@@ -3066,7 +3065,7 @@ private:
         c->unpack(string_view(buffer_, static_cast<size_t>(n)));
         const bool lost = c->stored > 0 && !file;  // no descriptor was free for it
         if (c->stored > 0) { c->body.adopt_file(raise_fd(std::move(file)), c->stored); }
-        if (c->state == State::Ready) { c->place = ready_.insert(ready_.end(), c); }
+        if (c->state == State::Ready) { ready_.push_back(c); }
         if (c->state == State::ReadBody) { c->parser.at = c->framing; }
         if (c->state == State::ReadHead && !c->in.empty()) { parse(*c, ""); }
         if (c->state <= State::Ready && !c->eof) { read_client(*c); }  // more, or a reset?
