@@ -2654,9 +2654,11 @@ private:
             if (over || now_ >= runner.kill_at) { end_runner(runner); }
             if (!has_work()) { dismiss(runner); }
         }
+        // Who has had its --max-requests goes on until another is ready.
         const bool alone = runners_.size() == 1;  // never three, with one that hangs
         const auto stays = [alone](const Runner& each) {
-            return each.phase != Phase::Retired && (each.phase != Phase::Hung || !alone);
+            const bool spent = each.phase == Phase::Serving && each.left <= 0;
+            return each.phase != Phase::Retired && !(alone && (spent || each.phase == Phase::Hung));
         };
         if (!find(runners_, stays) && now_ >= restart_at_ && has_work()) {
             if (Error error = boot_runner()) { log(Level::Error, error.text); }
@@ -3331,6 +3333,7 @@ private:
     void runner_ready(Runner& runner) {
         for (Runner& old : runners_) {
             if (old.phase != Phase::Serving || runner.dead) { continue; }
+            log(Level::Info, "Autorestarting runner (pid:" + to_string(old.pid) + ")");
             old.phase = Phase::Retired;
             leave_if_idle(old);
         }
@@ -3401,17 +3404,9 @@ private:
             feed_runner(slot);
         }
         tell_log(runner);
-        if (--runner.left <= 0) { start_successor(runner); }
+        if (--runner.left == 0) { next_tick_ = now_; }  // its successor is due
         if (runner.phase == Phase::Retired) { leave_if_idle(runner); }
         look_ = slot.ahead_limit == 0 || ++served_ % 8 == 0 || !ready_.empty() || look_;
-    }
-
-    /// The runner has had its --max-requests: another is started, and until that has loaded the
-    /// application this one goes on. Should it fail, or not be due yet, the next request tries.
-    void start_successor(Runner& runner) {
-        if (runner.phase != Phase::Serving || runners_.size() > 1 || now_ < restart_at_) { return; }
-        if (Error error = boot_runner()) { return log(Level::Error, error.text); }
-        log(Level::Info, "Autorestarting runner (pid:" + to_string(runner.pid) + ")");
     }
 
     /// A retired runner leaves as any Python program does.
