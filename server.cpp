@@ -2643,6 +2643,8 @@ private:
         each_slot([&](Slot& slot) {
             if (slot.busy() && now_ >= std::max(slot.deadline, anew)) { hung_app(slot); }
         });
+        const bool done = !has_work();
+        if (done && stop_ == Stop::Drain) { stop_ = Stop::Leave; }  // the queue is for others now
         for (Runner& runner : runners_) {
             Time& late = runner.slots[0].deadline;
             if (runner.phase == Phase::Booting && now_ >= std::max(late, anew)) {
@@ -2652,7 +2654,7 @@ private:
             const auto awaited = [](const Slot& slot) { return slot.current() != nullptr; };
             const bool over = runner.phase == Phase::Hung && !find(runner.slots, awaited);
             if (over || now_ >= runner.kill_at) { end_runner(runner); }
-            if (!has_work()) { dismiss(runner); }
+            if (done || (runner.phase == Phase::Retired && !runner.busy())) { dismiss(runner); }
         }
         // Who has had its --max-requests goes on until another is ready.
         const bool alone = runners_.size() == 1;  // never three, with one that hangs
@@ -3093,8 +3095,8 @@ private:
     // --- the runner -------------------------------------------------------------------------
     //
     // A runner ends in one of these ways, and always in bury():
-    //   retired    a successor serves, or nothing is left to do: its request pipes are closed, and
-    //              it leaves as any Python program does (leave_if_idle; dismiss: in limited time)
+    //   retired    a successor serves, or nothing is left to do: once idle its request pipes are
+    //              closed, and it leaves as any Python program does, in limited time (dismiss)
     //   hung       hung_app: SIGABRT when no other slot is awaited, or has been as long; then
     //              SIGKILL (end_runner)
     //   useless    lose_slot: SIGKILL, after a broken protocol at once, else in a second
@@ -3335,7 +3337,6 @@ private:
             if (old.phase != Phase::Serving || runner.dead) { continue; }
             log(Level::Info, "Autorestarting runner (pid:" + to_string(old.pid) + ")");
             old.phase = Phase::Retired;
-            leave_if_idle(old);
         }
         runner.phase = Phase::Serving;
         tell_log(runner);
@@ -3405,15 +3406,7 @@ private:
         }
         tell_log(runner);
         if (--runner.left == 0) { next_tick_ = now_; }  // its successor is due
-        if (runner.phase == Phase::Retired) { leave_if_idle(runner); }
         look_ = slot.ahead_limit == 0 || ++served_ % 8 == 0 || !ready_.empty() || look_;
-    }
-
-    /// A retired runner leaves as any Python program does.
-    void leave_if_idle(Runner& runner) {
-        if (runner.busy()) { return; }
-        runner.close_requests();
-        kill_runner_after(runner, config_.graceful_timeout);
     }
 
     /// A pipe is of no use any more: the runner has to go, if need be by SIGKILL. What runs in its
@@ -3466,13 +3459,12 @@ private:
         if (c != nullptr) { end_response(*c, false, {504, "the application did not answer"}); }
     }
 
-    /// No work is left for this runner: it leaves as any Python program does, or is killed.
+    /// A runner without work leaves as any Python program does, or is killed.
     void dismiss(Runner& runner) {
         const bool booting = runner.phase == Phase::Booting, now = stop_ == Stop::Now;
         kill_runner_after(runner, booting ? 0ms : now ? kKillDelay / 2 : config_.graceful_timeout);
-        if (stop_ == Stop::Drain) { stop_ = Stop::Leave; }  // what comes to the queue is for others
         runner.close_requests();
-        runner.phase = Phase::Dying;
+        runner.phase = Phase::Retired;
     }
 
     void reap_runners() {
