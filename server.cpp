@@ -3487,26 +3487,24 @@ private:
         std::list<Runner> gone;
         gone.splice(gone.begin(), runners_, found);
         if (WIFSIGNALED(status)) { ::kill(-runner.pid, SIGKILL); }
-        string lines;
         if (runner.busy()) { failures_ = 0; }  // it has ended over a request
-        for (const Slot& slot : runner.slots) {
-            for (const Turn& turn : slot.turns) {
-                if (turn.client == nullptr) { continue; }
-                (lines += lines.empty() ? ": " : ", ") += escape(request_line(turn));
+        const auto each_client = [&runner](auto action) {
+            for (const Slot& slot : runner.slots) {
+                for (const Turn& turn : slot.turns) {
+                    if (turn.client != nullptr) { action(*turn.client); }
+                }
             }
-        }
+        };
+        string lines;
+        each_client([&](const Connection& c) {
+            (lines += lines.empty() ? ": " : ", ") += escape(c.request_line());
+        });
         const bool ours = WIFSIGNALED(status) && runner.signal != 0;
         if ((has_work() && !retired) || (status != 0 && runner.signal == 0)) {
             log(Level::Error,
                 runner.name() + exit_text(status) + (ours ? ", sent by this server" : "") + lines);
         }
-        for (const Slot& slot : runner.slots) {
-            for (const Turn& turn : slot.turns) {
-                if (turn.client != nullptr) {
-                    end_response(*turn.client, false, {502, "the runner died"});
-                }
-            }
-        }
+        each_client([&](Connection& c) { end_response(c, false, {502, "the runner died"}); });
         if (has_work() && !retired) { runner_failed(status); }
     }
 
