@@ -2968,9 +2968,8 @@ private:
         char byte;
         ::shutdown(c.socket.get(), SHUT_WR);
         c.more = c.more || ::recv(c.socket.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0;
-        if (!c.more) { return set_state(c, State::Done); }
         c.started = now_;
-        set_state(c, State::Linger);
+        set_state(c, c.more ? State::Linger : State::Done);
     }
 
     /// A reset or a failed write: nobody is there to be answered.
