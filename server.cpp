@@ -2413,7 +2413,6 @@ public:
             return kWorkerBootError;
         }
         while (status_ == 0 && (!runners_.empty() || has_work())) { turn(); }
-        for (const Runner& runner : runners_) { ::kill(-runner.pid, SIGKILL); }
         log(Level::Info, "Worker exiting (pid: " + to_string(::getpid()) + ")");
         return status_;
     }
