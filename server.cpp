@@ -3355,10 +3355,9 @@ private:
     /// The response is whole, or has failed; the runner may be at close() still.
     void end_reply(Slot& slot, bool good) {
         Connection* c = slot.current();
-        const bool ends = slot.answered && slot.out.size() == 0 && slot.pipe();  // by feed_runner()
-        if (c != nullptr && !ends) { forget_client(slot.turns.front()); }
         feed_runner(slot);  // what lies ahead is the runner's before this client has its response
         if (c == nullptr) { return; }
+        if (slot.current() == c) { forget_client(slot.turns.front()); }  // the slot is not free yet
         const bool cut = good && c->left > 0;
         if (!good) { log_about(*c, Level::Error, "Error handling request"); }
         if (cut) { log_about(*c, Level::Error, "The response is shorter than its Content-Length"); }
