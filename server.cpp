@@ -2290,7 +2290,7 @@ enum class State { ReadHead, ReadBody, Ready, Run, Reply, Linger, Done };
 
 /// The part of a connection that goes through the ready queue as it is.
 struct Passport {
-    Time accepted, started;            // connected; the request was complete, or Linger began
+    Time accepted, started;            // connected; that, then when it was complete, or lingered
     State state = State::ReadHead;     // in the queue: Ready, or how far the request has come,
     Time since{};                      // when it came to that, or last went on
     RequestParser::Framing framing{};  // in the queue alone, as is the next: parser.at
@@ -2774,7 +2774,7 @@ private:
         if (listener.wildcard) {
             address_text(socket_name(c->socket.get()), c->ends.server, c->ends.server_port);
         }
-        last_accept_ = c->accepted = now_;
+        last_accept_ = c->accepted = c->started = now_;
         set_state(*c, State::ReadHead);
         read_client(*c);
         settle(*c);
@@ -2989,9 +2989,8 @@ private:
 
     void write_access(const Connection& c) {
         if (!g_log.access_file) { return; }
-        const Time start = c.started != Time{} ? c.started : c.accepted;
         const int64_t bytes = std::max<int64_t>(c.body_bytes - c.out.size(), 0);  // less if cut
-        const auto took = std::chrono::ceil<microseconds>(Clock::now() - start);
+        const auto took = std::chrono::ceil<microseconds>(Clock::now() - c.started);
         const int status = c.response.status != 0 ? c.response.status : 499;  // gone before that
         const Access access{c.env, c.head, c.request_line(), c.ends.peer, status, bytes, took};
         const bool good =
