@@ -3523,27 +3523,24 @@ private:
     /// With --reload: tells the arbiter if a file is another than the second before. The runner
     /// adds names to its list, and never takes one away.
     void watch_files() {
-        Runner* runner = find(runners_, [](const Runner& each) {
-            return each.phase == Phase::Serving || each.phase == Phase::Booting;
-        });
-        if (runner == nullptr) { return; }
+        if (runners_.empty()) { return; }
+        Runner& runner = runners_.back();  // the newest
         Strings names = config_.reload_extra_files;
         string list;
-        ssize_t n = 0;
-        while ((n = ::pread(runner->files.get(), buffer_, kPiece,
-                            static_cast<off_t>(list.size()))) > 0) {
-            list.append(buffer_, static_cast<size_t>(n));
+        for (ssize_t n = 1; n > 0;) {
+            n = ::pread(runner.files.get(), buffer_, kPiece, static_cast<off_t>(list.size()));
+            list.append(buffer_, static_cast<size_t>(std::max<ssize_t>(n, 0)));
         }
         for (string_view rest = list; !rest.empty();) { names.emplace_back(cut(rest, '\0')); }
         string changed;
         for (size_t i = 0; i < names.size(); ++i) {
             struct stat info = {};
-            if (i == runner->watched.size()) { runner->watched.emplace_back(string_view()); }  // ""
+            if (i == runner.watched.size()) { runner.watched.emplace_back(string_view()); }  // ""
             if (::stat(names[i].c_str(), &info) < 0) { continue; }  // an editor replaces it
             const int64_t modified = nanoseconds(info.st_mtim);
-            const string before = std::exchange(runner->watched[i], to_string(modified));
+            const string before = std::exchange(runner.watched[i], to_string(modified));
             const bool future = info.st_mtim.tv_sec > std::time(nullptr);
-            const bool other = before.empty() ? modified > runner->started && !future
+            const bool other = before.empty() ? modified > runner.started && !future
                                               : before != to_string(modified);
             if (other) { changed = names[i]; }
         }
