@@ -2097,7 +2097,7 @@ private:
     bool in_payload_ = false;
 };
 
-// Retired: a successor serves, this one finishes what it has. Hung: SIGABRT comes before SIGKILL.
+// Retired: gets no more work, and leaves once idle. Hung: SIGABRT comes before SIGKILL.
 enum class Phase { Booting, Serving, Retired, Hung, Dying };
 
 struct Connection;
