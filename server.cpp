@@ -2485,9 +2485,8 @@ private:
     /// Unless it is now, what has been accepted is served, and what waits in the backlog accepted.
     void stop(Stop how) {
         stop_ = std::max(stop_, how);
-        if (!booted_ || stop_ == Stop::Now) { listeners_.clear(); }
-        empty_backlog();
-        if (stop_ != Stop::Drain) { listeners_.clear(); }  // others serve the rest
+        if (booted_ && stop_ != Stop::Now) { empty_backlog(); }
+        if (!booted_ || stop_ != Stop::Drain) { listeners_.clear(); }  // others serve the rest
         next_tick_ = stopped_ = now_;  // to dismiss the runner if nothing is left to do
     }
 
