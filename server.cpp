@@ -1739,9 +1739,9 @@ Error parse_response(string_view head, Response& r) {
 /// The head as it goes to the client; the date as in RFC 9110 section 5.6.7.
 string final_head(const Response& r, int minor, bool chunked) {
     static time_t last = 0;
-    static string date;
+    static char date[40];
     if (const time_t now = std::time(nullptr); now != std::exchange(last, now)) {
-        date = time_text("Date: %a, %d %b %Y %H:%M:%S GMT\r\n", ::gmtime_r);
+        time_text("Date: %a, %d %b %Y %H:%M:%S GMT\r\n", ::gmtime_r).copy(date, sizeof date - 1);
     }
     string head = minor > 0 ? "HTTP/1.1 " : "HTTP/1.0 ";
     head.reserve(256);
@@ -3735,7 +3735,7 @@ private:
         config_.old_master = 0;
         log(Level::Info, "Master has been promoted.");
         const string beside = config_.pidfile;  // or empty: then rename() does nothing
-        config_.pidfile = beside.substr(0, beside.rfind(".2"));
+        config_.pidfile = string_view(beside).substr(0, string_view(beside).rfind(".2"));
         (void)::rename(beside.c_str(), config_.pidfile.c_str());
     }
 
@@ -4008,7 +4008,7 @@ Error apply(Config& config) {
     if (config.check_config) {  // until one worker has loaded the application, and seen by nobody
         config.workers = 1;
         config.daemon = config.reload = false;
-        config.pidfile = config.notify_socket = "";
+        config.pidfile.clear(), config.notify_socket.clear();
         g_log.level = std::max(g_log.level, Level::Warning);
     }
     return {};
