@@ -2316,7 +2316,7 @@ struct Connection : Passport {
     Response response;
     int64_t left = -1;                       // of the response's Content-Length; -1: none
     int64_t body_bytes = 0;                  // of the response, so far
-    size_t counted = 0;                      // bytes of `out` in Worker::reply_memory_
+    size_t counted = 0;                      // bytes of memory() in Worker::memory_
     bool chunked = false, too_long = false;  // the response is; has more than it announced
     bool complete = false, broken = false;   // no more will come; it must end visibly cut
 
@@ -2347,6 +2347,12 @@ struct Connection : Passport {
             message.remove_prefix(part->size() + 1);
         }
         body.append(message, message.size());
+    }
+
+    /// Bytes of the head, which is kept twice until it is complete, and of what is to be sent.
+    size_t memory() const {
+        return in.capacity() + taken.capacity() + parser.request.fields.capacity() +
+               env.capacity() + out.allocated();
     }
 
     /// For logs: the request line, to be escaped.
@@ -2668,8 +2674,8 @@ private:
     /// After any event of a connection: the sets, the memory it uses, and its end.
     void settle(Connection& c) {
         const bool done = c.state == State::Done;
-        const size_t used = done ? 0 : c.out.allocated();
-        reply_memory_ += used - std::exchange(c.counted, used);
+        const size_t used = done ? 0 : c.memory();
+        memory_ += used - std::exchange(c.counted, used);
         for (fd_set* set : {&reads_, &hot_, &fresh_}) { watch(c.socket, *set, !done && !c.eof); }
         watch(c.socket, writes_, !done && c.out.size() > 0);
         if (!done) { return; }
@@ -2860,6 +2866,9 @@ private:
         if (parsed == Parse::Bad) { return refuse(c, c.parser.error); }
         if (c.state == State::ReadHead) { c.taken += fresh.substr(0, fresh.size() - in.size()); }
         c.in = string(in);
+        if (c.state == State::ReadHead && c.memory() > kPiece && memory_ > kWorkerMemory) {
+            return refuse(c, {503, "no memory for so large a head"});
+        }
         if (too_large(c.body.size())) { return refuse(c, {413, "the body is too large"}); }
         if (c.body.failed()) {
             return refuse(c, {507, os_error("no room on disk for the body").text});
@@ -2886,13 +2895,14 @@ private:
     }
 
     void take_head(Connection& c) {
-        const Request& request = c.parser.request;
-        c.minor = request.minor;
-        c.bodyless = request.method == "HEAD";
-        const bool https = request.https > 0 && is_listed(config_.forwarded_allow_ips, c.from);
-        if (https && request.http > 0) {
+        const bool https =
+            c.parser.request.https > 0 && is_listed(config_.forwarded_allow_ips, c.from);
+        if (https && c.parser.request.http > 0) {
             return refuse(c, {400, "contradicting X-Forwarded fields"});
         }
+        const Request request = std::move(c.parser.request);  // its memory goes when we have env
+        c.minor = request.minor;
+        c.bodyless = request.method == "HEAD";
         c.env = make_environ(request, c.ends, https ? "https" : "http");
         if (g_log.level == Level::Debug) { log(Level::Debug, escape(c.request_line())); }
         release(c.taken);
@@ -2927,6 +2937,7 @@ private:
         const Request& request = c.parser.request;  // perhaps only part of one
         c.minor = std::max(c.minor, request.minor);
         c.bodyless = c.bodyless || request.line.find("HEAD ") == 0;
+        for (string* part : {&c.in, &c.taken, &c.parser.request.fields}) { release(*part); }
         string body;
         c.response = error_response(error.code, body);
         c.head = final_head(c.response, c.minor, false);
@@ -3309,7 +3320,7 @@ private:
     /// end of read_runner(): up to kReplyMemory a client and kWorkerMemory in all in memory, then
     /// in a file.
     void send_or_keep(Connection& c, std::initializer_list<string_view> parts) {
-        const size_t limit = reply_memory_ < kWorkerMemory ? kReplyMemory : 0;
+        const size_t limit = memory_ < kWorkerMemory ? kReplyMemory : 0;
         size_t all = static_cast<size_t>(c.out.size()), gone = 0;
         for (const string_view part : parts) { all += part.size(); }
         const string_view kept = all >= kPiece / 4 ? c.out.front() : string_view();
@@ -3577,9 +3588,9 @@ private:
     size_t next_listener_ = 0, served_ = 0;  // the listener to begin with; requests
     Stop stop_ = Stop::No;
     bool booted_ = false, spinner_ = false;
-    bool logs_access_ = true;  // the last line of the access log was written
-    bool look_ = false;        // into the ready queue, before what waits here is handed out
-    size_t reply_memory_ = 0;
+    bool logs_access_ = true;    // the last line of the access log was written
+    bool look_ = false;          // into the ready queue, before what waits here is handed out
+    size_t memory_ = 0;          // of all connections
     fd_set reads_{}, writes_{};  // what select() watches for the connections
     fd_set hot_{}, fresh_{};     // of reads_: about whom there was news lately; since the last tick
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;

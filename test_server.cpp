@@ -7257,6 +7257,20 @@ long resident(const Server& server) {
     return sum;
 }
 
+/// Bytes that have come for the connections to a port of this machine, and nobody has read.
+size_t unread(int port) {
+    std::istringstream lines(read_file("/proc/net/tcp"));
+    string line;
+    size_t bytes = 0;
+    while (std::getline(lines, line)) {
+        unsigned local = 0, state = 0, queued = 0;
+        const char* format = "%*d: %*x:%x %*x:%*x %x %*x:%x";
+        const bool known = std::sscanf(line.c_str(), format, &local, &state, &queued) == 3;
+        if (known && local == static_cast<unsigned>(port) && state == 1) { bytes += queued; }
+    }
+    return bytes;
+}
+
 TEST_CASE("what many slow clients have not taken is in files, but for 16 MiB and a piece each") {
     const Server server(kTools + kHold, {"-w", "1"});
     CHECK(answered(server, 20) == 20);
@@ -7272,6 +7286,37 @@ TEST_CASE("what many slow clients have not taken is in files, but for 16 MiB and
     CHECK(wait_for([&] { return answered(server, 1) == 1; }));  // the application has made them all
     const long pieces = 200 * 64, slack = 12 * 1024;
     if (!is_sanitized()) { CHECK(resident(server) - before < 16 * 1024 + pieces + slack); }
+}
+
+TEST_CASE("many large heads are bounded as a whole; one is served, and so is who has a small one") {
+    const Server server(kTools, {"-w", "1"});
+    string head = "GET /hello HTTP/1.1\r\n";
+    for (int i = 0; i < 90; ++i) {
+        head += "X-" + to_string(i) + ": " + string(8000, 'x') + "\r\n";
+    }
+    Client first(server);
+    first.send(head + "\r\n");
+    CHECK(Reply(first.read_all()).status == 200);
+    const long before = resident(server);
+    vector<Client> clients;
+    for (int i = 0; i < 100; ++i) {
+        clients.emplace_back(server).send(head);  // complete but for its last line
+    }
+    CHECK(wait_for([&] { return unread(server.port()) == 0; }));
+    if (!is_sanitized()) { CHECK(resident(server) - before < 48 * 1024); }
+    CHECK(get(server, "/hello").status == 200);
+    size_t served = 0, refused = 0;
+    for (Client& client : clients) {
+        client.send("\r\n");
+        const int status = Reply(client.read_all()).status;
+        served += status == 200 ? 1 : 0;
+        refused += status == 503 ? 1 : 0;
+    }
+    CHECK(served >= 5);
+    CHECK(served + refused == 100);
+    Client last(server);  // what is free again is for others
+    last.send(head + "\r\n");
+    CHECK(Reply(last.read_all()).status == 200);
 }
 
 TEST_CASE("memory stays flat for bodies and responses of 300 MB, whoever is slow") {
@@ -9053,20 +9098,6 @@ TEST_CASE("reloads, upgrades, more and fewer workers, and a killed one, under lo
     CHECK(wait_for([&] { return server.children(master).size() == 2; }));
     ::kill(master, SIGTERM);
     CHECK(wait_for([&] { return !alive(master); }));
-}
-
-/// Bytes that have come for the connections to a port of this machine, and nobody has read.
-size_t unread(int port) {
-    std::istringstream lines(read_file("/proc/net/tcp"));
-    string line;
-    size_t bytes = 0;
-    while (std::getline(lines, line)) {
-        unsigned local = 0, state = 0, queued = 0;
-        const char* format = "%*d: %*x:%x %*x:%*x %x %*x:%x";
-        const bool known = std::sscanf(line.c_str(), format, &local, &state, &queued) == 3;
-        if (known && local == static_cast<unsigned>(port) && state == 1) { bytes += queued; }
-    }
-    return bytes;
 }
 
 TEST_CASE("old workers leave at a reload, and the new ones finish what clients have half sent") {
