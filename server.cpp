@@ -549,10 +549,14 @@ Error set_workers(Config& config, string_view text) {
 constexpr const char* kLevels[] = {"DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"};
 constexpr const char* kWorkerClasses[] = {"sync", "gthread"};
 
+Error check_word(string_view text, const char* const* words, size_t count) {
+    while (count > 0 && !same_name(words[count - 1], text)) { --count; }
+    return count > 0 ? Error{} : Error{1, "there is no '" + string(text) + "'"};
+}
+
 template <const auto& Words>
 Error check_word(string_view text) {
-    const bool known = find(Words, [text](const char* word) { return same_name(word, text); });
-    return known ? Error{} : Error{1, "there is no '" + string(text) + "'"};
+    return check_word(text, Words, std::size(Words));
 }
 
 /// A list of addresses and networks, * for all.
@@ -2490,10 +2494,28 @@ private:
 
     /// Unless it is now, what has been accepted is served, and what waits in the backlog accepted.
     void stop(Stop how) {
+        if (stop_ == Stop::No) { stopped_ = now_; }
         stop_ = std::max(stop_, how);
         if (booted_ && stop_ != Stop::Now) { empty_backlog(); }
         if (!booted_ || stop_ != Stop::Drain) { listeners_.clear(); }  // others serve the rest
-        next_tick_ = stopped_ = now_;  // to dismiss the runner if nothing is left to do
+        next_tick_ = now_;  // to dismiss the runner if nothing is left to do
+    }
+
+    /// The graceful timeout is over: who is still there gets his answer, or no more of it.
+    void give_up() {
+        log(Level::Warning, "The graceful timeout is over");
+        while (stop_ == Stop::Drain && dequeue()) {}
+        each_slot([this](Slot& slot) {
+            take_back(slot);
+            for (Turn& turn : slot.turns) { forget_client(turn); }
+        });
+        for (const auto& c : connections_) {
+            if (!c || c->state >= State::Linger) { continue; }
+            if (c->response.status != 0) { log_about(*c, Level::Warning, "Cut off"); }
+            end_response(*c, false, {503, "the graceful timeout is over"});
+            if (c && c->state == State::Reply) { finish(*c), settle(*c); }  // that client is slow
+        }
+        stop(Stop::Now);
     }
 
     /// Accepts what waits at the listeners, as there is room for it, but no more than their backlog
@@ -2620,6 +2642,8 @@ private:
     /// Every kTick, or once a second when idle: heartbeat, deadlines, cold sockets, runners, queue.
     void tick() {
         if (::getppid() != arbiter_) { stop(Stop::Now); }
+        const Time end = std::max(stopped_, thawed_) + config_.graceful_timeout;
+        if (stop_ > Stop::No && stop_ < Stop::Now && now_ >= end) { give_up(); }
         if (now_ >= next_notify_) {
             notify();
             if (config_.reload) { watch_files(); }
@@ -3761,8 +3785,8 @@ private:
     }
 
     void stop_worker(WorkerInfo& worker, int number) const {
-        const Clock::duration quick = 700ms, graceful = config_.graceful_timeout;
-        worker.stop_by = std::min(worker.stop_by, now_ + (number == SIGQUIT ? quick : graceful));
+        const seconds graceful = number == SIGQUIT ? 0s : config_.graceful_timeout;
+        worker.stop_by = std::min(worker.stop_by, now_ + graceful + 700ms);
         worker.stopping = true;
         ::kill(worker.pid, number);
     }
@@ -3836,8 +3860,10 @@ private:
             if (found == nullptr) { continue; }
             const WorkerInfo worker = std::move(*found);
             workers_.erase(workers_.begin() + (found - workers_.data()));
+            const bool ours = worker.aborted || now_ >= worker.stop_by;
             if (status != 0) {
-                log(Level::Error, "Worker (pid:" + to_string(pid) + ") " + exit_text(status));
+                log(Level::Error, "Worker (pid:" + to_string(pid) + ") " + exit_text(status) +
+                                      (ours ? ", sent by this server" : ""));
             }
             if (!stopping_) { worker_lost(worker, WIFEXITED(status) ? WEXITSTATUS(status) : 0); }
         }

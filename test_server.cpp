@@ -4920,6 +4920,20 @@ TEST_CASE("INT hastens a graceful stop") {
     CHECK(server.exit_code() == 0);
 }
 
+/// Bytes that have come for the connections to a port of this machine, and nobody has read.
+size_t unread(int port) {
+    std::istringstream lines(read_file("/proc/net/tcp"));
+    string line;
+    size_t bytes = 0;
+    while (std::getline(lines, line)) {
+        unsigned local = 0, state = 0, queued = 0;
+        const char* format = "%*d: %*x:%x %*x:%*x %x %*x:%x";
+        const bool known = std::sscanf(line.c_str(), format, &local, &state, &queued) == 3;
+        if (known && local == static_cast<unsigned>(port) && state == 1) { bytes += queued; }
+    }
+    return bytes;
+}
+
 TEST_CASE("a graceful stop takes no longer than the graceful timeout") {
     Server server(kTools, {"-w", "1", "--graceful-timeout", "1"});
     Client client(server);
@@ -4932,6 +4946,49 @@ TEST_CASE("a graceful stop takes no longer than the graceful timeout") {
     CHECK(seconds_since(start) > 0.9);
     CHECK(seconds_since(start) < 2);
     CHECK(server.exit_code() == 0);
+}
+
+TEST_CASE("what the graceful timeout cuts off is answered, or visibly cut, and has its lines") {
+    for (const int number : {SIGTERM, SIGHUP}) {
+        CAPTURE(number);
+        Server server(kTools + R"py(
+def large(environ, start_response):
+    return reply(start_response, bytes(20000000))
+)py",
+                      {"-w", "1", "--graceful-timeout", "1"});
+        Client::receive_buffer = 4096;
+        Client slow(server);
+        Client::receive_buffer = 0;
+        slow.send(get_bytes("/large"));
+        string some = slow.read_until([](const string& text) { return text.size() > 1000; });
+        Client runs(server), begun(server);
+        runs.send(get_bytes("/gate"));
+        REQUIRE(wait_file(server, "at_gate"));
+        begun.send("GET /hel");
+        Client waits(server);
+        waits.send(get_bytes("/hello"));
+        CHECK(wait_for([&] { return unread(server.port()) == 0; }));
+        const vector<pid_t> old = server.workers();
+        server.signal(number);
+        const bool stays = number == SIGHUP;  // then the next worker takes what has not begun
+        CHECK(Reply(waits.read_all()).status == (stays ? 200 : 503));
+        if (stays) { begun.send("lo HTTP/1.1\r\n\r\n"); }
+        CHECK(Reply(begun.read_all()).status == (stays ? 200 : 503));
+        CHECK(Reply(runs.read_all()).status == 503);
+        const Reply cut(some + slow.read_all());
+        CHECK(cut.status == 200);
+        CHECK_FALSE(cut.whole);
+        CHECK(wait_for([&] { return server.workers() != old; }));
+        CHECK(server.log_has("The graceful timeout is over"));
+        CHECK(server.log_has("503 to 127.0.0.1: the graceful timeout is over: GET /gate HTTP/1.1"));
+        CHECK(server.log_has("Cut off: GET /large HTTP/1.1"));
+        CHECK_FALSE(contains(server.log(), "signal 9"));
+        const string access = read_file(server.dir.path + "/access");
+        CHECK(count(access, "\"GET /gate HTTP/1.1\" 503") == 1);
+        CHECK(count(access, "\"GET /large HTTP/1.1\" 200") == 1);
+        CHECK(count(access, "\n") == 4);
+        if (!stays) { CHECK(server.wait_end()); }
+    }
 }
 
 TEST_CASE("a stop works while the application is still being imported") {
@@ -7255,20 +7312,6 @@ long resident(const Server& server) {
         if (at != string::npos) { sum += std::atol(status.c_str() + at + 8); }
     }
     return sum;
-}
-
-/// Bytes that have come for the connections to a port of this machine, and nobody has read.
-size_t unread(int port) {
-    std::istringstream lines(read_file("/proc/net/tcp"));
-    string line;
-    size_t bytes = 0;
-    while (std::getline(lines, line)) {
-        unsigned local = 0, state = 0, queued = 0;
-        const char* format = "%*d: %*x:%x %*x:%*x %x %*x:%x";
-        const bool known = std::sscanf(line.c_str(), format, &local, &state, &queued) == 3;
-        if (known && local == static_cast<unsigned>(port) && state == 1) { bytes += queued; }
-    }
-    return bytes;
 }
 
 TEST_CASE("what many slow clients have not taken is in files, but for 16 MiB and a piece each") {
