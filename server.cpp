@@ -1805,10 +1805,14 @@ Response error_response(int status, string& body) {
 // ============================================================================
 constexpr char kRunner[] = R"py(
 import _thread, faulthandler, fcntl, importlib, io, os, select, sys
-from _signal import (SIG_BLOCK, SIG_DFL, SIG_SETMASK, SIGTERM, getsignal, pthread_sigmask,
-                     siginterrupt, signal)
+from _signal import *  # of signal itself the enums would take time
 
 class Gone(SystemExit): "The worker has gone, or wants no more."
+
+class Log(io.TextIOWrapper):
+    def write(self, text):
+        try: return super().write(text)
+        except OSError: return len(text)  # a full disk is not the application's to answer for
 
 class Body(io.RawIOBase):
     """What of a request's body has not come with its head; inert once the request is over."""
@@ -1873,9 +1877,8 @@ class Slot:
 
     def __init__(self, pipes, app):
         (*self.requests, self.replies), self.app = pipes, app
-        self.index = 0      # the pipe of the present request
-        self.pending = b""  # read from it and not used
-        self.left = 0       # bytes of the body that the application has not read
+        self.index, self.pending = 0, b""  # the pipe of the present request; read and not used
+        self.left = 0  # bytes of the body that the application has not read
 
     def write(self, parts):
         try:
@@ -1900,8 +1903,7 @@ class Slot:
                 return rest[:int(size)]
             self.more()
 
-    def take(self, size):
-        """Some bytes of the body, `size` at most."""
+    def take(self, size):  # some bytes of the body, `size` at most
         if not self.pending: self.more()
         data = self.pending[:min(size, self.left)]
         self.pending = self.pending[len(data):]
@@ -1934,8 +1936,7 @@ class Slot:
         self.pending, self.index = b"", (self.index + 1) % len(self.requests)
         if self.files: list_files(*self.files)
 
-    def end(self, response, parts, mark):
-        """The last of a response. Once the mark is out the worker fills the pipes again."""
+    def end(self, response, parts, mark):  # then the worker fills the pipes again
         with response.lock:
             response.slot = None
             while self.left: self.take(65536)
@@ -1998,20 +1999,19 @@ def reopen(path):
 
 def main(name, paths, software, several, files, threads, *fds):
     faulthandler.enable()  # SIGABRT, and crashes, print the stack of every thread
+    sys.stdout, sys.stderr = (Log(old.buffer, old.encoding, old.errors, write_through=True)
+                              for old in (sys.stdout, sys.stderr))
     most = os.sysconf("SC_OPEN_MAX")
     high = min(1020 - len(fds), most // 2, most - 2 * len(fds))  # where select() sees them
-
     def raise_fd(fd):
         moved = fcntl.fcntl(int(fd), fcntl.F_DUPFD, high)
         os.set_inheritable(moved, False)  # F_DUPFD_CLOEXEC is not in PyPy
         os.close(int(fd))
         return moved
-
     def cut_off():  # the bridge is not for a child, and neither is `stay`
         Slot.failures = Exception
         with open(os.devnull, "r+b", 0) as null:
             for fd in pipes: os.dup2(null.fileno(), fd, False)
-
     pipes = [raise_fd(fd) for fd in fds]
     stay, masks, thread = lambda *_: None, {}, _thread.get_ident
     def block(): masks[thread()] = pthread_sigmask(SIG_BLOCK, [SIGTERM])

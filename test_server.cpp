@@ -6718,6 +6718,30 @@ TEST_CASE("an application whose errors no log can hold answers with 500 as ever"
     CHECK(server.runners() == before);
 }
 
+TEST_CASE("an application may print to a log that takes no more, in every way that Python has") {
+    for (const char* threads : {"1", "2"}) {
+        const TempDir dir;
+        const string path = dir.path + "/s";
+        Server server(
+            kTools + R"py(
+import logging
+logging.basicConfig(level=logging.INFO)
+def talk(environ, start_response):
+    print("printed", 1)
+    sys.stderr.write("written")
+    environ["wsgi.errors"].writelines(["of", "errors"])
+    for stream in (sys.stdout, sys.stderr, environ["wsgi.errors"]):
+        stream.flush()
+    logging.info("logged")
+    return reply(start_response, sys.stdout.name + sys.stderr.name)
+)py",
+            {"-w", "1", "--threads", threads, "-b", "unix:" + path, "--error-logfile", "/dev/full"},
+            {}, false);
+        REQUIRE(server.wait_ready_workers(1));
+        CHECK(request_unix(path, get_bytes("/talk")).body == "<stdout><stderr>");
+    }
+}
+
 TEST_CASE("an application may write to a terminal that stops what writes in the background") {
     const Fd terminal(::posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC));
     REQUIRE((::grantpt(terminal.get()) == 0 && ::unlockpt(terminal.get()) == 0));
