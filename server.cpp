@@ -3370,6 +3370,7 @@ private:
             old.phase = Phase::Retired;
         }
         runner.phase = Phase::Serving;
+        unready_ = 0;
         tell_log(runner);
         if (!std::exchange(booted_, true)) { notify(); }
         look_ = true;
@@ -3542,7 +3543,7 @@ private:
     /// them with a request, which is what a client can bring about. The first of all ends the
     /// worker instead.
     void runner_failed(int status) {
-        restart_at_ = now_ + 1s;
+        restart_at_ = now_ + backoff(++unready_);
         const auto serves = [](const Runner& each) { return each.phase == Phase::Serving; };
         if (find(runners_, serves)) { return; }
         if (!booted_) { status_ = boot_status(status); }
@@ -3608,7 +3609,8 @@ private:
     std::list<Runner> runners_;                            // one serves; others boot or leave
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
     std::list<Connection*> ready_;                         // complete, waiting here for a runner
-    int connected_ = 0, failures_ = 0, status_ = 0, max_fd_ = 0;
+    int connected_ = 0, status_ = 0, max_fd_ = 0;
+    int failures_ = 0, unready_ = 0;  // runners that ended in a row: without a request; not ready
     size_t next_listener_ = 0, served_ = 0;  // the listener to begin with; requests
     Stop stop_ = Stop::No;
     bool booted_ = false, spinner_ = false;

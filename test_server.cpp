@@ -5576,6 +5576,21 @@ TEST_CASE("starts of a runner back off while they bring none that takes a reques
     CHECK_MESSAGE(count(server.log(), "The next runner starts in") == 2, server.log());
 }
 
+TEST_CASE("successors of a runner back off while none loads, and the old one serves on") {
+    const Server server(kTools, {"-w", "1", "--max-requests", "2"});
+    write_file(server.dir.path + "/app.py", "broken = [");
+    const auto failed = [&](size_t n) {
+        return wait_for([&] {
+            CHECK(get(server, "/hello").body == "hello");
+            return count(server.log(), "SyntaxError") >= n;
+        });
+    };
+    CHECK(failed(1));
+    const Time start = Clock::now();
+    CHECK(failed(3));
+    CHECK(seconds_since(start) > 2.5);
+}
+
 TEST_CASE(
     "who comes first is served first: nobody who comes back at once gets ahead of the others") {
     const Server server(kTools + R"py(
