@@ -3027,8 +3027,9 @@ private:
         const auto took = std::chrono::ceil<microseconds>(Clock::now() - c.started);
         const int status = c.response.status != 0 ? c.response.status : 499;  // gone before that
         const Access access{c.env, c.head, c.request_line(), c.ends.peer, status, bytes, took};
+        const char* start = logs_access_ ? "" : "\n";  // the last line may be half a one
         const bool good =
-            write_all(g_log.access_file, access_line(config_.access_log_format, access));
+            write_all(g_log.access_file, start + access_line(config_.access_log_format, access));
         if (std::exchange(logs_access_, good) && !good) {
             log(Level::Error, os_error("cannot write the access log").text);
         }

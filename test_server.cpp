@@ -7264,10 +7264,10 @@ def length(environ, start_response):
 
 /// Sets a limit of the server's process, and of all that it starts, until the end of a test.
 struct Limit {
-    Limit(decltype(RLIMIT_NOFILE) what, rlim_t most) {
-        Server::before_exec = [what, most, others = outer] {
+    Limit(decltype(RLIMIT_NOFILE) what, rlim_t most, rlim_t hard = 0) {
+        Server::before_exec = [what, most, hard, others = outer] {
             if (others) { others(); }
-            const struct rlimit limit = {most, most};
+            const struct rlimit limit = {most, std::max(most, hard)};
             ::setrlimit(what, &limit);
         };
     }
@@ -7927,12 +7927,19 @@ while (1) {
     CHECK_FALSE(contains(read_file(errors), "[ERROR]"));
 }
 
-TEST_CASE("an access log that takes no more is told of, once") {
-    const Limit files(RLIMIT_FSIZE, 8192);
+TEST_CASE("an access log that takes no more is told of, once; then it goes on with a line") {
+    const struct rlimit more = {16384, 16384};
+    const Limit files(RLIMIT_FSIZE, 8192, more.rlim_max);
     Server server(kHello, {"-w", "1"});
     for (int i = 0; i < 150; ++i) { CHECK(get(server).body == "hello\n"); }
     CHECK(server.access().size() == 8192);
     CHECK(count(server.log(), "[ERROR] cannot write the access log: File too large") == 1);
+    CHECK(server.access().back() != '\n');  // the last one is torn
+    REQUIRE(::prlimit(server.workers().at(0), RLIMIT_FSIZE, &more, nullptr) == 0);
+    for (int i = 0; i < 2; ++i) { CHECK(get(server).body == "hello\n"); }
+    const string access = server.access().substr(8192);
+    CHECK(count(access, "\n127.0.0.1 - - [") == 2);
+    CHECK(count(access, "\n") == 3);
 }
 
 /// The numbers behind a name in /proc/PID/status.
