@@ -1177,7 +1177,7 @@ Error drop_privileges(const Config& config) {
 
 /// The process that a pid file names, 0 if there is none.
 pid_t read_pidfile(const string& path) {
-    const Fd file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+    const Fd file(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));  // it may be a FIFO
     char text[32] = "";
     int64_t pid = 0;
     (void)read_some(file, text, sizeof text - 1);
@@ -3805,7 +3805,7 @@ private:
         notify_systemd(config_, "RELOADING=1\nMONOTONIC_USEC=" + to_string(now.count()));
         tell_ready_ = true;
         paused_ = false;
-        next_directory_ = Fd(::open(config_.chdir.c_str(), O_RDONLY | O_CLOEXEC));
+        next_directory_ = Fd(::open(config_.chdir.c_str(), O_DIRECTORY | O_CLOEXEC));
         if (!next_directory_) {
             log(Level::Error, os_error("cannot change to " + config_.chdir).text);
         }

@@ -8144,6 +8144,21 @@ TEST_CASE("a signal sent as soon as there is a pid file is handled as at any oth
     }
 }
 
+TEST_CASE("who puts a FIFO in the place of the pid file holds up neither a start nor a stop") {
+    const TempDir dir;
+    const string path = dir.path + "/pid";
+    REQUIRE(::mkfifo(path.c_str(), 0600) == 0);
+    Server server(kHello, {"-w", "1", "-p", path}, {}, false);
+    REQUIRE(server.wait_ready_workers(1));
+    CHECK(read_file(path) == to_string(server.pid) + "\n");
+    REQUIRE(::unlink(path.c_str()) == 0);
+    REQUIRE(::mkfifo(path.c_str(), 0600) == 0);
+    server.signal(SIGTERM);
+    CHECK(server.wait_end());
+    CHECK(server.exit_code() == 0);
+    CHECK(exists(path));
+}
+
 TEST_CASE("a daemon goes on in the background, and its pid file names it as long as it lives") {
     const TempDir dir;
     write_file(dir.path + "/app.py", kTalkative);
