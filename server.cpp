@@ -1809,10 +1809,11 @@ from _signal import *  # of signal itself the enums would take time
 
 class Gone(SystemExit): "The worker has gone, or wants no more."
 
-class Log(io.TextIOWrapper):
-    def write(self, text):
-        try: return super().write(text)
+def forgiving(write):
+    def attempt(text):
+        try: return write(text)
         except OSError: return len(text)  # a full disk is not the application's to answer for
+    return attempt
 
 class Body(io.RawIOBase):
     """What of a request's body has not come with its head; inert once the request is over."""
@@ -1999,8 +2000,7 @@ def reopen(path):
 
 def main(name, paths, software, several, files, threads, *fds):
     faulthandler.enable()  # SIGABRT, and crashes, print the stack of every thread
-    sys.stdout, sys.stderr = (Log(old.buffer, old.encoding, old.errors, write_through=True)
-                              for old in (sys.stdout, sys.stderr))
+    for file in sys.stdout, sys.stderr: file.write = forgiving(file.write)
     most = os.sysconf("SC_OPEN_MAX")
     high = min(1020 - len(fds), most // 2, most - 2 * len(fds))  # where select() sees them
     def raise_fd(fd):
@@ -2192,7 +2192,7 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     return {};
 }
 
-/// In a forked child: becomes another program, with signals and limits as they were.
+/// In a forked child: becomes another program, with the signals' defaults and the limits of before.
 [[noreturn]] void exec_program(const Config& config, Strings words) {
     for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
     set_signals({SIGTTOU}, SIG_IGN);  // it prints to the terminal, also from the background
@@ -2318,11 +2318,11 @@ struct Connection : Passport {
     Spool body, out;        // of the request; what the client has not taken yet
     string app_head, head;  // of the response: the application's, the client's
     Response response;
-    int64_t left = -1;                       // of the response's Content-Length; -1: none
-    int64_t body_bytes = 0;                  // of the response, so far
-    size_t counted = 0;                      // bytes of memory() in Worker::memory_
-    bool chunked = false, too_long = false;  // the response is; has more than it announced
-    bool complete = false, broken = false;   // no more will come; it must end visibly cut
+    int64_t left = -1;                           // of the response's Content-Length; -1: none
+    int64_t body_bytes = 0;                      // of the response, so far
+    size_t head_counted = 0, reply_counted = 0;  // in Worker::head_memory_, reply_memory_
+    bool chunked = false, too_long = false;      // the response is; has more than it announced
+    bool complete = false, broken = false;       // no more will come; it must end visibly cut
 
     /// As a datagram of the ready queue: passport, netstrings, body. Of a head that is not complete
     /// all bytes go along, to be read again. The socket and the body's file travel beside it.
@@ -2353,10 +2353,9 @@ struct Connection : Passport {
         body.append(message, message.size());
     }
 
-    /// Bytes of the head, which is kept twice until it is complete, and of what is to be sent.
-    size_t memory() const {
-        return in.capacity() + taken.capacity() + parser.request.fields.capacity() +
-               env.capacity() + out.allocated();
+    /// Bytes of the head, which is kept twice until it is complete.
+    size_t head_memory() const {
+        return in.capacity() + taken.capacity() + parser.request.fields.capacity() + env.capacity();
     }
 
     /// For logs: the request line, to be escaped.
@@ -2394,7 +2393,7 @@ ssize_t exchange_message(const Fd& queue, bool send, char* data, size_t size, in
 // ============================================================================
 //  10. Worker: one select loop between clients, the ready queue and the runner
 // ============================================================================
-constexpr auto kGather = 1200ms;     // from a worker's wish for new ones to the reload
+constexpr auto kGather = 1200ms;     // from the first wish for new workers that is seen to these
 constexpr auto kTick = 100ms;        // how exact a deadline is
 constexpr auto kColdDelay = 20ms;    // how long select() may leave out who was silent for a tick
 constexpr auto kAcceptDelay = 10ms;  // how long a busy worker leaves connections to idle ones
@@ -2443,15 +2442,16 @@ private:
         return boot_runner();
     }
 
-    /// Beats the heart: the file's mode alternates, the arbiter reads its ctime. Mode 0002: booted.
+    /// Beats the heart: the file's mode alternates, the arbiter reads its ctime. Mode 0002: booted;
+    /// 0174: how often new workers were wanted.
     void notify() {
         spinner_ = !spinner_;
-        ::fchmod(tmp_.get(), static_cast<mode_t>((booted_ ? 2 : 0) + (spinner_ ? 1 : 0)));
+        const int mode = wishes_ % 32 * 4 + (booted_ ? 2 : 0) + (spinner_ ? 1 : 0);
+        ::fchmod(tmp_.get(), static_cast<mode_t>(mode));
         next_notify_ = now_ + (config_.timeout == 1s ? 500ms : 1000ms);
     }
 
-    /// Tells the arbiter that new workers are wanted: the heartbeat file has a byte for each time.
-    void ask_reload() { (void)!::ftruncate(tmp_.get(), ++wishes_); }
+    void ask_reload() { ++wishes_, notify(); }
 
     /// Whether a runner is still wanted.
     bool has_work() const {
@@ -2477,6 +2477,7 @@ private:
             if (denied) { ask_reload(); }
             return;
         }
+        logs_access_ = true;
         for (Runner& runner : runners_) {
             runner.new_log = config_.errorlog != "-" && config_.runner.empty();
             tell_log(runner);
@@ -2504,17 +2505,18 @@ private:
     /// The graceful timeout is over: who is still there gets his answer, or no more of it.
     void give_up() {
         log(Level::Warning, "The graceful timeout is over");
-        while (stop_ == Stop::Drain && dequeue()) {}
         each_slot([this](Slot& slot) {
             take_back(slot);
             for (Turn& turn : slot.turns) { forget_client(turn); }
         });
-        for (const auto& c : connections_) {
-            if (!c || c->state >= State::Linger) { continue; }
-            if (c->response.status != 0) { log_about(*c, Level::Warning, "Cut off"); }
-            end_response(*c, false, {503, "the graceful timeout is over"});
-            if (c && c->state == State::Reply) { finish(*c), settle(*c); }  // that client is slow
-        }
+        do {
+            for (const auto& c : connections_) {
+                if (!c || c->state >= State::Linger) { continue; }
+                if (c->response.status != 0) { log_about(*c, Level::Warning, "Cut off"); }
+                end_response(*c, false, {503, "the graceful timeout is over"});
+                if (c && c->state == State::Reply) { finish(*c), settle(*c); }  // it is slow
+            }
+        } while (stop_ == Stop::Drain && dequeue());
         stop(Stop::Now);
     }
 
@@ -2547,7 +2549,9 @@ private:
             return fd && FD_ISSET(fd.get(), &set);
         };
         if (is_set(g_self_pipe.first, reads)) { handle_signals(); }
-        if (woken > before + 1500ms) { thawed_ = woken; }  // frozen, perhaps with the runner
+        if (woken > before + 1500ms) {  // frozen, perhaps with the runner
+            thawed_ = woken, stopped_ += woken - before;
+        }
         each_slot([&](Slot& slot) {
             if (is_set(slot.copy, writes)) { feed_runner(slot); }
             if (is_set(slot.from, reads)) { read_runner(slot); }
@@ -2642,8 +2646,8 @@ private:
     /// Every kTick, or once a second when idle: heartbeat, deadlines, cold sockets, runners, queue.
     void tick() {
         if (::getppid() != arbiter_) { stop(Stop::Now); }
-        const Time end = std::max(stopped_, thawed_) + config_.graceful_timeout;
-        if (stop_ > Stop::No && stop_ < Stop::Now && now_ >= end) { give_up(); }
+        const auto grace = std::max<Clock::duration>(config_.graceful_timeout, 2 * kTick);
+        if (stop_ != Stop::No && stop_ != Stop::Now && now_ >= stopped_ + grace) { give_up(); }
         if (now_ >= next_notify_) {
             notify();
             if (config_.reload) { watch_files(); }
@@ -2698,8 +2702,9 @@ private:
     /// After any event of a connection: the sets, the memory it uses, and its end.
     void settle(Connection& c) {
         const bool done = c.state == State::Done;
-        const size_t used = done ? 0 : c.memory();
-        memory_ += used - std::exchange(c.counted, used);
+        const size_t heads = done ? 0 : c.head_memory(), replies = done ? 0 : c.out.allocated();
+        head_memory_ += heads - std::exchange(c.head_counted, heads);
+        reply_memory_ += replies - std::exchange(c.reply_counted, replies);
         for (fd_set* set : {&reads_, &hot_, &fresh_}) { watch(c.socket, *set, !done && !c.eof); }
         watch(c.socket, writes_, !done && c.out.size() > 0);
         if (!done) { return; }
@@ -2890,7 +2895,8 @@ private:
         if (parsed == Parse::Bad) { return refuse(c, c.parser.error); }
         if (c.state == State::ReadHead) { c.taken += fresh.substr(0, fresh.size() - in.size()); }
         c.in = string(in);
-        if (c.state == State::ReadHead && c.memory() > kPiece && memory_ > kWorkerMemory) {
+        if (c.state == State::ReadHead && c.head_memory() > kPiece &&
+            head_memory_ > kWorkerMemory) {
             return refuse(c, {503, "no memory for so large a head"});
         }
         if (too_large(c.body.size())) { return refuse(c, {413, "the body is too large"}); }
@@ -2914,7 +2920,7 @@ private:
         if (parsed != Parse::Done) { return parsed; }
         in = rest;
         c.ends = said;
-        c.awaits_proxy = false;
+        c.awaits_proxy = false, c.silent = true;
         return Parse::Head;
     }
 
@@ -3345,7 +3351,7 @@ private:
     /// end of read_runner(): up to kReplyMemory a client and kWorkerMemory in all in memory, then
     /// in a file.
     void send_or_keep(Connection& c, std::initializer_list<string_view> parts) {
-        const size_t limit = memory_ < kWorkerMemory ? kReplyMemory : 0;
+        const size_t limit = reply_memory_ < kWorkerMemory ? kReplyMemory : 0;
         size_t all = static_cast<size_t>(c.out.size()), gone = 0;
         for (const string_view part : parts) { all += part.size(); }
         const string_view kept = all >= kPiece / 4 ? c.out.front() : string_view();
@@ -3482,6 +3488,7 @@ private:
         log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(runner.pid) + "): no answer for " +
                                  get<&Config::timeout>(config_) +
                                  " s: " + escape(slot.turns.front().request));
+        restart_at_ = std::min(restart_at_, now_ + 1s);
         if (runner.signal == 0 && std::exchange(runner.phase, Phase::Hung) != Phase::Hung) {
             kill_runner_after(runner,
                               runners_.size() > 1 ? Clock::duration(kKillDelay) : config_.timeout);
@@ -3567,11 +3574,12 @@ private:
             n = ::pread(runner.files.get(), buffer_, kPiece, static_cast<off_t>(list.size()));
             list.append(buffer_, static_cast<size_t>(std::max<ssize_t>(n, 0)));
         }
-        for (string_view rest = list; !rest.empty();) { names.emplace_back(cut(rest, '\0')); }
+        string_view rest = list, name;
+        while (!rest.empty()) { name = cut(rest, '\0'), names.emplace_back(name); }
         string changed;
         for (size_t i = 0; i < names.size(); ++i) {
             struct stat info = {};
-            if (i == runner.watched.size()) { runner.watched.emplace_back(string_view()); }  // ""
+            if (i == runner.watched.size()) { runner.watched.emplace_back(rest); }  // ""
             if (::stat(names[i].c_str(), &info) < 0) { continue; }  // an editor replaces it
             const int64_t modified = nanoseconds(info.st_mtim);
             const string before = std::exchange(runner.watched[i], to_string(modified));
@@ -3606,7 +3614,7 @@ private:
     const Pair& queue_;  // first is sent into, second received from
     const Fd& tmp_;      // the heartbeat file
     const pid_t arbiter_;
-    off_t wishes_ = 0;                                     // for new workers
+    int wishes_ = 0;                                       // for new workers
     std::list<Runner> runners_;                            // one serves; others boot or leave
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
     std::list<Connection*> ready_;                         // complete, waiting here for a runner
@@ -3615,9 +3623,9 @@ private:
     size_t next_listener_ = 0, served_ = 0;  // the listener to begin with; requests
     Stop stop_ = Stop::No;
     bool booted_ = false, spinner_ = false;
-    bool logs_access_ = true;    // the last line of the access log was written
-    bool look_ = false;          // into the ready queue, before what waits here is handed out
-    size_t memory_ = 0;          // of all connections
+    bool logs_access_ = true;  // the last line of the access log was written
+    bool look_ = false;        // into the ready queue, before what waits here is handed out
+    size_t head_memory_ = 0, reply_memory_ = 0;
     fd_set reads_{}, writes_{};  // what select() watches for the connections
     fd_set hot_{}, fresh_{};     // of reads_: about whom there was news lately; since the last tick
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
@@ -3643,7 +3651,7 @@ struct WorkerInfo {
     Fd tmp;                      // its heartbeat file
     Time spawned, last_change;   // when, on our clock, we saw the heartbeat change
     int64_t last_update = 0;     // its ctime
-    off_t wishes = 0;            // its size: how often the worker wanted a reload
+    mode_t wishes = 0;           // of its mode
     Time stop_by = Time::max();  // SIGKILL, once it has been told to stop or aborted
     bool booted = false, stopping = false, aborted = false;
 };
@@ -3709,7 +3717,9 @@ private:
 #endif
         }
         if (Error error = make_pipe(g_self_pipe, true)) { return error; }
-        for (const auto& [number, name] : kSignals) { set_signals({number}, on_signal); }
+        for (const auto& [number, name] : kSignals) {
+            if (!config_.check_config) { set_signals({number}, on_signal); }
+        }
         set_signals({SIGCHLD}, on_signal);
         block_signals(false);
         return {};
@@ -3788,8 +3798,8 @@ private:
     }
 
     void stop_worker(WorkerInfo& worker, int number) const {
-        const seconds graceful = number == SIGQUIT ? 0s : config_.graceful_timeout;
-        worker.stop_by = std::min(worker.stop_by, now_ + graceful + 700ms);
+        const auto limit = number == SIGQUIT ? 700ms : config_.graceful_timeout + 2s;
+        worker.stop_by = std::min(worker.stop_by, now_ + limit);
         worker.stopping = true;
         ::kill(worker.pid, number);
     }
@@ -3825,7 +3835,8 @@ private:
             ::fstat(worker.tmp.get(), &info);
             const int64_t ctime = nanoseconds(info.st_ctim);
             if (std::exchange(worker.last_update, ctime) != ctime) { worker.last_change = now_; }
-            if (std::exchange(worker.wishes, info.st_size) != info.st_size) {
+            const mode_t wishes = info.st_mode & 0174;
+            if (std::exchange(worker.wishes, wishes) != wishes) {
                 reload_at_ = std::min(reload_at_, now_ + kGather);
             }
             if (worker.booted || (info.st_mode & 2) == 0) { continue; }
@@ -3875,8 +3886,9 @@ private:
     /// Halts if no worker could ever boot; a lost canary ends the reload; else sees to it that a
     /// crash loop does not spin.
     void worker_lost(const WorkerInfo& worker, int code) {
-        if (!ever_booted_ && (code == kWorkerBootError || code == kAppLoadError)) {
-            status_ = code;
+        const bool boot_error = code == kWorkerBootError || code == kAppLoadError;
+        if (!ever_booted_ && (boot_error || config_.check_config)) {
+            status_ = boot_error ? code : kWorkerBootError;
             return halt(SIGQUIT);
         }
         if (worker.pid == canary_) {
@@ -3952,7 +3964,7 @@ private:
         {SIGHUP, "hup"},   {SIGINT, "int"},   {SIGQUIT, "quit"},
         {SIGTERM, "term"}, {SIGTTIN, "ttin"}, {SIGTTOU, "ttou"},
         {SIGUSR1, "usr1"}, {SIGUSR2, "usr2"}, {SIGWINCH, "winch"}};
-    Config& config_;  // `workers` and `old_master` change
+    Config& config_;  // `workers`, `pidfile` and `old_master` change
     std::vector<Listener> listeners_;
     Pair queue_;
     std::vector<WorkerInfo> workers_;
@@ -3985,17 +3997,17 @@ Error apply(Config& config) {
     for (char** each = ::environ; *each != nullptr; ++each) { config.environment.push_back(*each); }
     config.environment.push_back(nullptr);
     config.notify_socket = environment("NOTIFY_SOCKET");
-    config.sockets = environment("SERVER_SOCKETS");
     int64_t count = 0, old_master = 0;
+    if (parse_number(environment("SERVER_UPGRADE"), old_master)) {  // it may have gone already
+        config.old_master = static_cast<pid_t>(old_master);
+        config.sockets = environment("SERVER_SOCKETS");
+        config.detached = config.daemon;
+        if (!config.pidfile.empty()) { config.pidfile += ".2"; }  // beside that of the old master
+    }
     if (config.sockets.empty() && environment("LISTEN_PID") == to_string(::getpid()) &&
         parse_number(environment("LISTEN_FDS"), count)) {
         const int end = 3 + static_cast<int>(std::min<int64_t>(count, FD_SETSIZE / 2));
         for (int fd = 3; fd < end; ++fd) { config.sockets += to_string(fd) + ":0:"; }
-    }
-    if (parse_number(environment("SERVER_UPGRADE"), old_master)) {  // it may have gone already
-        config.old_master = static_cast<pid_t>(old_master);
-        config.detached = config.daemon;
-        if (!config.pidfile.empty()) { config.pidfile += ".2"; }  // beside that of the old master
     }
     for (const char* name :
          {"SERVER_UPGRADE", "SERVER_SOCKETS", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
@@ -4054,13 +4066,12 @@ Error apply(Config& config) {
     return {};
 }
 
-/// Takes over inherited sockets or else binds all addresses; with --check-config looks at them.
+/// Takes over inherited sockets or else binds all addresses; --check-config needs none of them.
 Error bind_all(const Config& config, std::vector<Listener>& listeners) {
     std::vector<Address> addresses;
     for (const string& text : config.bind) {  // all of them, before the first is bound
         if (Error error = parse_address(text, addresses.emplace_back())) { return error; }
     }
-    if (config.check_config) { return {}; }
     for (string_view rest = config.sockets; !rest.empty();) {
         int64_t fd = -1, inode = 0;
         parse_number(cut(rest, ':'), fd);
@@ -4069,7 +4080,8 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
         if (Error error = describe(Fd(static_cast<int>(fd)), made)) { return error; }
         made.inode = static_cast<ino_t>(inode);
     }
-    if (!config.sockets.empty()) { return {}; }
+    if (config.check_config) { listeners.clear(); }
+    if (config.check_config || !config.sockets.empty()) { return {}; }
     for (const Address& address : addresses) {
         Listener& made = listeners.emplace_back();
         for (int tries = 0;; ++tries) {

@@ -6757,6 +6757,27 @@ def talk(environ, start_response):
     }
 }
 
+TEST_CASE("an application may put other streams in the place of those that it was given") {
+    for (const char* line :
+         {"sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf-8')",
+          "sys.stdout = __import__('codecs').getwriter('utf-8')(sys.stdout.buffer)",
+          "sys.stdout = sys.__stdout__", "sys.stderr = sys.__stderr__",
+          "sys.stdout.mode, sys.stdout.name, sys.stdout.fileno()",
+          "sys.stdout.reconfigure(line_buffering=True)"}) {
+        CAPTURE(line);
+        const Server server(kTools + line + R"py(
+def talk(environ, start_response):
+    print("print" + "ed", file=sys.stdout, flush=True)
+    print("writ" + "ten", file=sys.stderr, flush=True)
+    return reply(start_response, "said")
+)py",
+                            {"-w", "1"});
+        CHECK(get(server, "/talk").body == "said");
+        CHECK(server.log_has("printed\n"));
+        CHECK(server.log_has("written\n"));
+    }
+}
+
 TEST_CASE("an application may write to a terminal that stops what writes in the background") {
     const Fd terminal(::posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC));
     REQUIRE((::grantpt(terminal.get()) == 0 && ::unlockpt(terminal.get()) == 0));
@@ -8993,6 +9014,23 @@ def work(environ, start_response):
     CHECK(server.exit_code() == 0);
 }
 
+TEST_CASE("who was stopped as a whole during a graceful stop is answered at its end") {
+    Server server(kTools, {"-w", "1", "--graceful-timeout", "3"});
+    Client client(server);
+    client.send(get_bytes("/gate"));
+    REQUIRE(wait_file(server, "at_gate"));
+    server.signal(SIGTERM);
+    REQUIRE(server.log_has("Handling signal: term"));
+    ::poll(nullptr, 0, 1000);
+    const pid_t worker = server.workers().at(0), runner = server.runners().at(0);
+    for (const pid_t pid : {runner, worker, server.pid}) { freeze(pid); }
+    ::poll(nullptr, 0, 3500);
+    for (const pid_t pid : {runner, worker, server.pid}) { ::kill(pid, SIGCONT); }
+    CHECK(Reply(client.read_all()).status == 503);
+    CHECK(server.wait_end());
+    CHECK_FALSE(contains(server.log(), "signal 9"));
+}
+
 TEST_CASE("a request does not run out of time while all processes are stopped") {
     Server server(kTools, {"-w", "1", "-t", "2"});
     const pid_t worker = server.workers().at(0), runner = server.runners().at(0);
@@ -9089,6 +9127,44 @@ def imports(environ, start_response):
         for (int i = 0; i < 4; ++i) { CHECK(get(server, "/imports").body == "imported"); }
         CHECK_FALSE(contains(server.log(), "exited with"));
     }
+}
+
+TEST_CASE("with --reload a change is seen where no file may grow") {
+    const Limit none(RLIMIT_FSIZE, 0);
+    const TempDir dir;
+    const string path = dir.path + "/s", extra = dir.path + "/extra";
+    write_file(extra, "one");
+    const Server server("text = open('" + extra + "', 'rb').read()\n" +
+                            "def app(e, s): return s('200 OK', []) and [text]\n",
+                        {"-w", "1", "--reload", "--reload-extra-file", extra, "-b", "unix:" + path},
+                        {}, false);
+    REQUIRE(server.wait_ready_workers(1));
+    const auto serves = [&](const string& text) {
+        return wait_for([&] { return request_unix(path, get_bytes("/")).body == text; }, 8s);
+    };
+    CHECK(serves("one"));
+    write_file(extra, "two");
+    CHECK(serves("two"));
+}
+
+TEST_CASE("--check-config ends with its worker, by a signal, and where descriptor 3 is no socket") {
+    const auto check = [](const string& app, const string& command) {
+        const TempDir dir;
+        write_file(dir.path + "/app.py", "import os, signal\n" + app);
+        const string server = absolute(output_of("pwd"), server_path());
+        return output_of("cd " + dir.path + "; SERVER=" + server + "; " + command +
+                         " --check-config --python /usr/bin/python3 app:app >out 2>&1 3</dev/null; "
+                         "printf '%s ' $?; cat out");
+    };
+    const string plain = "timeout 10 $SERVER";
+    CHECK(check("app = print", plain) == "0 ");
+    CHECK(check("os.kill(os.getppid(), 9)\napp = print", plain).substr(0, 2) == "3 ");
+    const string ended = check("os.kill(int(os.environ['MASTER']), 15)\nsignal.pause()",
+                               "sh -c 'MASTER=$$ exec \"$@\"' - $SERVER");
+    CHECK(ended.substr(0, 4) == "143 ");
+    const string told =
+        check("app = print", "sh -c 'LISTEN_FDS=1 LISTEN_PID=$$ exec \"$@\"' - $SERVER");
+    CHECK(told == "1 Error: descriptor 3 is no listening socket, or is named twice");
 }
 
 TEST_CASE("a umask that takes away even the user's rights harms no worker") {
