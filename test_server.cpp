@@ -4991,6 +4991,35 @@ def large(environ, start_response):
     }
 }
 
+TEST_CASE("a reload without a graceful timeout hands over what has not begun") {
+    const Server server(kTools, {"-w", "1", "--graceful-timeout", "0"});
+    const vector<pid_t> before = server.workers();
+    Client half(server);
+    half.send("GET /hel");
+    CHECK(wait_for([&] { return unread(server.port()) == 0; }));
+    server.signal(SIGHUP);
+    CHECK(wait_for([&] { return all_new(server, before, 1); }));
+    half.send("lo HTTP/1.1\r\n\r\n");
+    CHECK(Reply(half.read_all()).body == "hello");
+}
+
+TEST_CASE("a full worker that gives up answers who is in the queue, too") {
+    Server server(kTools, {"-w", "1", "--graceful-timeout", "1", "--worker-connections", "2"});
+    Client runs(server);
+    runs.send(get_bytes("/gate"));
+    REQUIRE(wait_file(server, "at_gate"));
+    vector<Client> clients;
+    for (int i = 0; i < 5; ++i) {
+        clients.emplace_back(server).send(get_bytes("/hello"));
+        CHECK(wait_for([&] { return unread(server.port()) == 0; }));
+    }
+    server.signal(SIGTERM);
+    CHECK(Reply(runs.read_all()).status == 503);
+    for (Client& client : clients) { CHECK(Reply(client.read_all()).status == 503); }
+    CHECK(server.wait_end());
+    CHECK(count(server.access(), " 503 ") == 6);
+}
+
 TEST_CASE("a stop works while the application is still being imported") {
     for (const int number : {SIGTERM, SIGINT}) {
         CAPTURE(number);
@@ -7807,11 +7836,15 @@ TEST_CASE("behind a proxy that speaks the PROXY protocol the client is who it sa
     CHECK(strict.log_has("[WARNING] 403 to 127.0.0.1: "));  // and not to whom the header names
     const Reply plain = exchange(Client(strict), request_bytes);
     CHECK(has_line(plain.body, "wsgi.url_scheme=http"));  // whatever address a header might name
-    Client probe(server);  // a health check: the header, and nothing else
-    probe.send("PROXY UNKNOWN\r\n");
-    probe.half_close();
-    CHECK(probe.read_all() == "");
-    CHECK_FALSE(contains(server.log(), "ends early"));
+    for (const size_t first : {0, 6}) {  // a health check: the header, and nothing else
+        Client probe(server);
+        probe.send(string("PROXY UNKNOWN\r\n").substr(0, first));
+        CHECK(wait_for([&] { return unread(server.port()) == 0; }));
+        probe.send(string("PROXY UNKNOWN\r\n").substr(first));
+        probe.half_close();
+        CHECK(probe.read_all() == "");
+        CHECK_FALSE(contains(server.log(), "ends early"));
+    }
     const Server without(kProbe);
     CHECK(exchange(Client(without), v1 + request_bytes).status == 400);
 }
@@ -7961,6 +7994,14 @@ TEST_CASE("an access log that takes no more is told of, once; then it goes on wi
     const string access = server.access().substr(8192);
     CHECK(count(access, "\n127.0.0.1 - - [") == 2);
     CHECK(count(access, "\n") == 3);
+    for (int i = 0; i < 150; ++i) { CHECK(get(server).body == "hello\n"); }
+    CHECK(server.access().size() == 16384);
+    const string path = server.dir.path + "/access";
+    REQUIRE(::rename(path.c_str(), (path + ".1").c_str()) == 0);
+    server.signal(SIGUSR1);
+    CHECK(wait_for([&] { return get(server).body == "hello\n" && exists(path); }));
+    CHECK(wait_for([&] { return get(server).body == "hello\n" && server.access() != ""; }));
+    CHECK(server.access().substr(0, 9) == "127.0.0.1");
 }
 
 /// The numbers behind a name in /proc/PID/status.
