@@ -3488,7 +3488,7 @@ private:
         log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(runner.pid) + "): no answer for " +
                                  get<&Config::timeout>(config_) +
                                  " s: " + escape(slot.turns.front().request));
-        restart_at_ = std::min(restart_at_, now_ + 1s);
+        restart_at_ = std::min(restart_at_, now_ + 1s);  // whatever befell those before
         if (runner.signal == 0 && std::exchange(runner.phase, Phase::Hung) != Phase::Hung) {
             kill_runner_after(runner,
                               runners_.size() > 1 ? Clock::duration(kKillDelay) : config_.timeout);
@@ -3717,7 +3717,7 @@ private:
 #endif
         }
         if (Error error = make_pipe(g_self_pipe, true)) { return error; }
-        for (const auto& [number, name] : kSignals) {
+        for (const auto& [number, name] : kSignals) {  // with --check-config each of them ends it
             if (!config_.check_config) { set_signals({number}, on_signal); }
         }
         set_signals({SIGCHLD}, on_signal);
