@@ -7836,8 +7836,8 @@ TEST_CASE("behind a proxy that speaks the PROXY protocol the client is who it sa
     CHECK(strict.log_has("[WARNING] 403 to 127.0.0.1: "));  // and not to whom the header names
     const Reply plain = exchange(Client(strict), request_bytes);
     CHECK(has_line(plain.body, "wsgi.url_scheme=http"));  // whatever address a header might name
-    for (const size_t first : {0, 6}) {  // a health check: the header, and nothing else
-        Client probe(server);
+    for (const size_t first : {size_t{0}, size_t{6}}) {
+        Client probe(server);  // a health check: the header, and nothing else
         probe.send(string("PROXY UNKNOWN\r\n").substr(0, first));
         CHECK(wait_for([&] { return unread(server.port()) == 0; }));
         probe.send(string("PROXY UNKNOWN\r\n").substr(first));
