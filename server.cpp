@@ -4073,7 +4073,7 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
         if (Error error = parse_address(text, addresses.emplace_back())) { return error; }
     }
     for (string_view rest = config.sockets; !rest.empty();) {
-        int64_t fd = -1, inode = 0;
+        int64_t fd, inode;
         parse_number(cut(rest, ':'), fd);
         parse_number(cut(rest, ':'), inode);
         Listener& made = listeners.emplace_back();
