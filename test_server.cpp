@@ -10114,7 +10114,7 @@ TEST_CASE("behind HAProxy: send-proxy, send-proxy-v2, and its health checks" *
                        replaced(block, "send-proxy-v2", how + " inter 100ms"));
         const Program haproxy({"haproxy", "-q", "-db", "-f", dir.path + "/conf"},
                               [&] { ::dup2(front.get(), 100); });
-        const auto checks = [&] { return count(server.access(), "\"OPTIONS /health HTTP/1."); };
+        const auto checks = [&] { return count(server.access(), "\"GET / HTTP/1.0\" 200 "); };
         const size_t before = checks();
         CHECK(wait_for([&] { return checks() > before + 2; }));
         CHECK(wait_for([&] { return exists(dir.path + "/stats"); }));
