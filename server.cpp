@@ -3647,13 +3647,13 @@ private:
 // ============================================================================
 struct WorkerInfo {
     pid_t pid;
-    int generation;              // of the reload it belongs to
+    int generation;              // of the reload it belongs to; -1 once it was told to stop
     Fd tmp;                      // its heartbeat file
     Time spawned, last_change;   // when, on our clock, we saw the heartbeat change
     int64_t last_update = 0;     // its ctime
     mode_t wishes = 0;           // of its mode
     Time stop_by = Time::max();  // SIGKILL, once it has been told to stop or aborted
-    bool booted = false, stopping = false, aborted = false;
+    bool booted = false, aborted = false;
 };
 
 class Arbiter {
@@ -3800,7 +3800,7 @@ private:
     void stop_worker(WorkerInfo& worker, int number) const {
         const auto limit = number == SIGQUIT ? 700ms : config_.graceful_timeout + 2s;
         worker.stop_by = std::min(worker.stop_by, now_ + limit);
-        worker.stopping = true;
+        worker.generation = -1;
         ::kill(worker.pid, number);
     }
 
@@ -3813,7 +3813,6 @@ private:
         log(Level::Info, "Hang up: Master");
         const auto now = std::chrono::duration_cast<microseconds>(woken_.time_since_epoch());
         notify_systemd(config_, "RELOADING=1\nMONOTONIC_USEC=" + to_string(now.count()));
-        tell_ready_ = true;
         paused_ = false;
         next_directory_ = Fd(::open(config_.chdir.c_str(), O_DIRECTORY | O_CLOEXEC));
         if (!next_directory_) {
@@ -3821,9 +3820,9 @@ private:
         }
         if (Error error = open_logs(config_)) { log(Level::Error, error.text); }
         for (WorkerInfo& worker : workers_) {
-            if (worker.pid == canary_) { stop_worker(worker, SIGTERM); }
+            if (worker.generation > generation_) { stop_worker(worker, SIGTERM); }
         }
-        canary_ = spawn_worker(generation_ + 1);
+        spawn_worker(generation_ + 1);
     }
 
     /// Looks at the heartbeat files: who lives, is ready, wants a reload. A canary that is ready
@@ -3841,11 +3840,12 @@ private:
             }
             if (worker.booted || (info.st_mode & 2) == 0) { continue; }
             worker.booted = ever_booted_ = true;
-            if (config_.check_config) { status_ = 0, halt(SIGUSR2); }
-            if (worker.pid != canary_) { continue; }
+            const string count = to_string(config_.workers);
+            notify_systemd(config_, "READY=1\nSTATUS=" + count + " workers");
+            if (config_.check_config) { halt(SIGUSR2); }
+            if (worker.generation <= generation_) { continue; }
             generation_ = worker.generation, spawn_again_ = now_;
             if (next_directory_) { directory_ = std::move(next_directory_); }
-            canary_ = -1;
         }
     }
 
@@ -3891,11 +3891,11 @@ private:
             status_ = boot_error ? code : kWorkerBootError;
             return halt(SIGQUIT);
         }
-        if (worker.pid == canary_) {
-            canary_ = -1;
+        if (worker.generation > generation_) {
+            notify_systemd(config_, "READY=1");
             return log(Level::Error, "Reload failed: the old workers go on");
         }
-        if (worker.stopping || now_ < spawn_again_) { return; }  // one of several at a time counts
+        if (worker.generation < 0 || now_ < spawn_again_) { return; }  // one of several counts
         failures_ = worker.booted && now_ > worker.spawned + 5s ? 0 : failures_ + 1;
         const seconds delay = backoff(failures_ - 1);
         if (delay > 0s) {
@@ -3906,34 +3906,30 @@ private:
     }
 
     /// Makes the workers of the serving generation as many as wanted, and ends older ones once
-    /// all of these are ready. Of too many, those go first that are not ready.
+    /// all of these are ready. Of too many the newest goes: the others are known to load.
     void manage_workers() {
-        if (stopping_) { return; }
         const int wanted = paused_ ? 0 : config_.workers;
         int alive = 0, ready = 0;
         for (const WorkerInfo& worker : workers_) {
-            const bool counts = worker.generation == generation_ && !worker.stopping;
+            const bool counts = worker.generation == generation_;
             alive += counts ? 1 : 0;
             ready += counts && worker.booted ? 1 : 0;
         }
-        if (tell_ready_ && ready > 0 && canary_ < 0) {
-            tell_ready_ = false;
-            notify_systemd(config_, "READY=1\nSTATUS=" + to_string(wanted) + " workers");
+        for (; alive < wanted && now_ >= spawn_again_ && !stopping_; ++alive) {
+            spawn_worker(generation_);
         }
-        while (alive < wanted && now_ >= spawn_again_ && spawn_worker(generation_) > 0) { ++alive; }
-        for (WorkerInfo& worker : workers_) {  // the oldest first
+        for (WorkerInfo& worker : workers_) {
             const bool old = worker.generation < generation_ && ready >= wanted;
-            const bool surplus = worker.generation == generation_ && alive > wanted &&
-                                 (!worker.booted || ready > wanted);
-            if (worker.stopping || !(old || surplus)) { continue; }
+            const bool surplus = worker.generation == generation_ && alive > wanted;
+            if (worker.generation < 0 || !(old || surplus)) { continue; }
             stop_worker(worker, paused_ ? SIGUSR2 : SIGTERM);  // nobody else would empty the queue
             alive -= surplus ? 1 : 0;
-            ready -= surplus && worker.booted ? 1 : 0;
         }
     }
 
-    /// Forks one worker; its pid, or -1. The child leaves by _exit: nothing of the arbiter's runs.
-    pid_t spawn_worker(int generation) {
+    /// Forks one worker; one that cannot be forked is lost at once. The child leaves by _exit:
+    /// nothing of the arbiter's runs.
+    void spawn_worker(int generation) {
         Fd tmp;
         Error error = make_temp_file(config_.worker_tmp_dir, tmp);
         if (!error && !give_away(config_, tmp)) { error = os_error("cannot chown a file"); }
@@ -3952,12 +3948,9 @@ private:
         block_signals(false);
         if (error) {
             log(Level::Error, "No new worker: " + error.text);
-            spawn_again_ = now_ + 1s;
-            if (!ever_booted_) { status_ = kWorkerBootError, halt(SIGQUIT); }
-            return -1;
+            return worker_lost({pid, generation, Fd(), now_, now_}, kWorkerBootError);
         }
-        workers_.push_back({pid, generation, std::move(tmp), now_, now_});
-        return pid;
+        workers_.insert(workers_.begin(), WorkerInfo{pid, generation, std::move(tmp), now_, now_});
     }
 
     static constexpr std::pair<int, const char*> kSignals[] = {
@@ -3967,16 +3960,14 @@ private:
     Config& config_;  // `workers`, `pidfile` and `old_master` change
     std::vector<Listener> listeners_;
     Pair queue_;
-    std::vector<WorkerInfo> workers_;
-    pid_t reexec_pid_ = 0;           // another master, our child
-    int generation_ = 0;             // the one that serves
-    Fd directory_, next_directory_;  // its own, and the next one's, once there was a reload
-    pid_t canary_ = -1;
-    int failures_ = 0, status_ = config_.check_config ? kAppLoadError : 0;
+    std::vector<WorkerInfo> workers_;  // the newest first
+    pid_t reexec_pid_ = 0;             // another master, our child
+    int generation_ = 0;               // the one that serves
+    Fd directory_, next_directory_;    // its own, and the next one's, once there was a reload
+    int failures_ = 0, status_ = 0;
     bool stopping_ = false, ever_booted_ = false;
-    bool paused_ = false;        // by WINCH: no workers
-    bool tell_ready_ = true;     // systemd waits to hear that we are
-    Time woken_ = Clock::now();  // from the last sleep
+    bool paused_ = false;                                               // by WINCH: no workers
+    Time woken_ = Clock::now();                                         // from the last sleep
     Time now_ = woken_, spawn_again_ = now_, reload_at_ = Time::max();  // by the clock of run()
 };
 
