@@ -3845,7 +3845,7 @@ private:
             if (config_.check_config) { halt(SIGUSR2); }
             if (worker.generation <= generation_) { continue; }
             generation_ = worker.generation, spawn_again_ = now_;
-            if (next_directory_) { directory_ = std::move(next_directory_); }
+            (void)!::fchdir(next_directory_.get());
         }
     }
 
@@ -3938,9 +3938,7 @@ private:
         const pid_t pid = error ? -1 : ::fork();
         if (pid == 0) {
             workers_.clear();
-            (void)!::fchdir(directory_.get());  // there is one after a reload
-            if (generation != generation_) { (void)!::fchdir(next_directory_.get()); }
-            directory_.reset(), next_directory_.reset();
+            if (generation > generation_) { (void)!::fchdir(next_directory_.get()); }
             Worker* worker = new Worker(config_, listeners_, queue_, tmp, arbiter);
             ::_exit(worker->run());
         }
@@ -3962,8 +3960,8 @@ private:
     Pair queue_;
     std::vector<WorkerInfo> workers_;  // the newest first
     pid_t reexec_pid_ = 0;             // another master, our child
-    int generation_ = 0;               // the one that serves
-    Fd directory_, next_directory_;    // its own, and the next one's, once there was a reload
+    int generation_ = 0;               // the one that serves, whose directory is ours, too
+    Fd next_directory_;                // of the canary
     int failures_ = 0, status_ = 0;
     bool stopping_ = false, ever_booted_ = false;
     bool paused_ = false;                                               // by WINCH: no workers
@@ -4037,7 +4035,7 @@ Error apply(Config& config) {
     if (Error error = resolve_user(config)) { return error; }
     if (Error error = check_pidfile(config, config.pidfile)) { return error; }
     if (config.errorlog.empty()) { config.errorlog = "-"; }
-    for (string* path : {&config.errorlog, &config.accesslog}) {  // for whoever opens them again
+    for (string* path : {&config.errorlog, &config.accesslog, &config.pidfile}) {
         if (!path->empty() && *path != "-") { *path = absolute(config.chdir, *path); }
     }
     if (Error error = open_logs(config)) { return error; }
