@@ -3672,8 +3672,7 @@ public:
                 config_.reload || now_ < spawn_again_ || find(workers_, [](const WorkerInfo& w) {
                     return !w.booted || w.stop_by < Time::max();
                 });
-            const auto nap = std::min<Clock::duration>(soon ? kTick : 1000ms, reload_at_ - now_);
-            (void)is_ready(g_self_pipe.first, woken_ + nap);
+            (void)is_ready(g_self_pipe.first, woken_ + (soon ? kTick : 1000ms));
             // While we are stopped our clock is, too: silence of the workers then proves nothing.
             const Time before = std::exchange(woken_, Clock::now());
             if (woken_ < before + 1500ms) { now_ += woken_ - before; }
@@ -3684,7 +3683,6 @@ public:
             if (now_ >= reload_at_) { handle_hup(); }
             maybe_promote_master();
         }
-        reap_workers();
         const bool heir = reexec_pid_ > 0;  // which puts its own in the place of this one
         if (!heir && !has_old_master()) { unlink_sockets(listeners_); }
         const char* pidfile = config_.pidfile.c_str();
