@@ -4071,14 +4071,12 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
     if (config.check_config || !config.sockets.empty()) { return {}; }
     for (const Address& address : addresses) {
         Listener& made = listeners.emplace_back();
-        for (int tries = 0;; ++tries) {
-            errno = 0;
-            const Error error = bind_address(address, config, made);
-            if (!error) { break; }
-            if (errno != EADDRINUSE || tries == 4) { return error; }
-            fd_set none{};  // the workers of a master that was killed go within a second
-            wait_ready(-1, none, none, Clock::now() + 500ms);
+        Error error = bind_address(address, config, made);
+        for (int tries = 0; error && errno == EADDRINUSE && tries < 2; ++tries) {
+            ::sleep(1);  // the workers of a master that was killed go within a second
+            error = bind_address(address, config, made);
         }
+        if (error) { return error; }
     }
     return {};
 }
