@@ -4001,10 +4001,7 @@ Error apply(Config& config) {
           "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
         ::unsetenv(name);  // what is between systemd, an old master and this server
     }
-    for (const string& pair : config.raw_env) {
-        const size_t equals = pair.find('=');
-        ::setenv(pair.substr(0, equals).c_str(), pair.c_str() + equals + 1, 1);
-    }
+    for (string& pair : config.raw_env) { ::putenv(pair.data()); }
     config.files = set_soft_limit(4 * FD_SETSIZE);
     const rlim_t limit = set_soft_limit(4 * FD_SETSIZE);  // again: returns what it is now
     const bool ample = limit >= 4 * FD_SETSIZE && config.threads == 1;
