@@ -4085,7 +4085,6 @@ int main(int argc, char** argv) {
     while (null >= 0 && null <= STDERR_FILENO) { null = ::open("/dev/null", O_RDWR); }
     ::close(null);  // or there is no /dev/null
     set_signals({SIGPIPE, SIGXFSZ}, SIG_IGN);
-    g_log.error_file.reset(::fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3));
     Config config;
     config.directory = current_directory();
     config.argv = Strings(argv, argv + argc);
@@ -4101,7 +4100,6 @@ int main(int argc, char** argv) {
     if (!error) { error = write_pidfile(config.pidfile); }
     if (error) {
         if (config.old_master == 0) { unlink_sockets(listeners); }
-        if (config.detached) { log(Level::Critical, error.text); }
         return std::fprintf(stderr, "Error: %s\n", error.text.c_str()), error.code;
     }
     make_title_room(config, argv, argc);
