@@ -3696,13 +3696,6 @@ public:
 private:
     Error start() {
         set_title(config_, "master");
-        Strings texts;
-        for (const Listener& each : listeners_) { texts.push_back(each.text); }
-        log(Level::Debug, "Current configuration:\n" + show_config(config_));
-        log(Level::Info, string("Starting server ") + kVersion);
-        log(Level::Info, "Listening at: " + join(texts) + " (" + to_string(::getpid()) + ")");
-        log(Level::Info,
-            "Using worker: " + (config_.threads > 1 ? "gthread" : config_.worker_class));
         int fds[2];
         if (::socketpair(AF_UNIX, SOCK_DGRAM, 0, fds) < 0) { return os_error("no ready queue"); }
         queue_ = {Fd(fds[0]), Fd(fds[1])};
@@ -3719,7 +3712,14 @@ private:
             if (!config_.check_config) { set_signals({number}, on_signal); }
         }
         set_signals({SIGCHLD}, on_signal);
-        block_signals(false);
+        if (Error error = write_pidfile(config_.pidfile)) { return error; }
+        Strings texts;
+        for (const Listener& each : listeners_) { texts.push_back(each.text); }
+        log(Level::Debug, "Current configuration:\n" + show_config(config_));
+        log(Level::Info, string("Starting server ") + kVersion);
+        log(Level::Info, "Listening at: " + join(texts) + " (" + to_string(::getpid()) + ")");
+        log(Level::Info,
+            "Using worker: " + (config_.threads > 1 ? "gthread" : config_.worker_class));
         return {};
     }
 
@@ -4096,8 +4096,6 @@ int main(int argc, char** argv) {
     if (!error) { error = apply(config); }
     if (!error) { error = bind_all(config, listeners); }
     if (!error && config.daemon && !config.detached) { error = daemonize(config); }
-    block_signals(true);  // from the pid file on, until the arbiter handles them
-    if (!error) { error = write_pidfile(config.pidfile); }
     if (error) {
         if (config.old_master == 0) { unlink_sockets(listeners); }
         return std::fprintf(stderr, "Error: %s\n", error.text.c_str()), error.code;
