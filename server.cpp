@@ -1194,9 +1194,8 @@ Error check_pidfile(const Config& config, const string& path) {
     if (alive && !config.check_config) {
         return {1, path + " names process " + to_string(pid) + ", which runs"};
     }
-    Fd probe;
     const string directory = path.substr(0, path.rfind('/') + 1) + ".";
-    return make_temp_file(directory, probe) ? os_error("cannot write " + path) : Error{};
+    return ::access(directory.c_str(), W_OK) < 0 ? os_error("cannot write " + path) : Error{};
 }
 
 /// Writes our number as a whole: nobody ever reads half of it.
@@ -3812,11 +3811,10 @@ private:
         const auto now = std::chrono::duration_cast<microseconds>(woken_.time_since_epoch());
         notify_systemd(config_, "RELOADING=1\nMONOTONIC_USEC=" + to_string(now.count()));
         paused_ = false;
+        Error error = open_logs(config_);
         next_directory_ = Fd(::open(config_.chdir.c_str(), O_DIRECTORY | O_CLOEXEC));
-        if (!next_directory_) {
-            log(Level::Error, os_error("cannot change to " + config_.chdir).text);
-        }
-        if (Error error = open_logs(config_)) { log(Level::Error, error.text); }
+        if (!next_directory_) { error = os_error("cannot change to " + config_.chdir); }
+        if (error) { log(Level::Error, error.text); }
         for (WorkerInfo& worker : workers_) {
             if (worker.generation > generation_) { stop_worker(worker, SIGTERM); }
         }
