@@ -3700,11 +3700,9 @@ private:
         queue_ = {Fd(fds[0]), Fd(fds[1])};
         for (const int fd : fds) {
             set_flags(fd, true);
-#ifndef __linux__  // where it holds 200 KiB, and not 4
-            const int bytes = 3 * kPiece;
+            const int bytes = 3 * kPiece;  // 4 KiB are the default on some systems
             ::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
             ::setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof bytes);
-#endif
         }
         if (Error error = make_pipe(g_self_pipe, true)) { return error; }
         for (const auto& [number, name] : kSignals) {  // with --check-config each of them ends it
