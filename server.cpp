@@ -4048,10 +4048,6 @@ Error apply(Config& config) {
 
 /// Takes over inherited sockets or else binds all addresses; --check-config needs none of them.
 Error bind_all(const Config& config, std::vector<Listener>& listeners) {
-    std::vector<Address> addresses;
-    for (const string& text : config.bind) {  // all of them, before the first is bound
-        if (Error error = parse_address(text, addresses.emplace_back())) { return error; }
-    }
     for (string_view rest = config.sockets; !rest.empty();) {
         int64_t fd, inode;
         parse_number(cut(rest, ':'), fd);
@@ -4061,8 +4057,10 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
         made.inode = static_cast<ino_t>(inode);
     }
     if (config.check_config) { listeners.clear(); }
-    if (config.check_config || !config.sockets.empty()) { return {}; }
-    for (const Address& address : addresses) {
+    for (const string& text : config.bind) {
+        Address address;
+        if (Error error = parse_address(text, address)) { return error; }
+        if (config.check_config || !config.sockets.empty()) { continue; }
         Listener& made = listeners.emplace_back();
         Error error = bind_address(address, config, made);
         for (int tries = 0; error && errno == EADDRINUSE && tries < 2; ++tries) {
