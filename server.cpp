@@ -1287,7 +1287,6 @@ void notify_systemd(const Config& config, const string& state) {
 constexpr int kMaxHead = 1 << 20, kMaxChunkLine = 8192;  // bytes, whatever the limits say
 
 struct Request {
-    string line;                               // the request line, as far as logs need it
     string method, target, path, query, host;  // host: of an absolute target
     int minor = 0;                             // HTTP/1.minor, 0 or 1
     string fields;                             // an environ block; repeated ones are joined
@@ -1379,7 +1378,8 @@ public:
 
     Framing at;
     Request request;
-    Error error;  // after Bad
+    string request_line;  // as far as logs need it, who escape it
+    Error error;          // after Bad
 
     /// Takes from the front of `in` and is called again until it says NeedMore (then with what is
     /// left and more), Done or Bad. Head: the head is complete. Data: `piece` is of the body.
@@ -1397,7 +1397,7 @@ public:
             string_view line = in.substr(0, end);
             const bool crlf = !line.empty() && line.back() == '\r', head = at.part <= Part::Fields;
             if (crlf) { line.remove_suffix(1); }
-            if (at.part == Part::RequestLine) { request.line = line.substr(0, kMaxChunkLine); }
+            if (at.part == Part::RequestLine) { request_line = line.substr(0, kMaxChunkLine); }
             error = check_size(line.size());
             scanned_ = end == string::npos ? in.size() : 0;
             if (!error && end == string::npos) { return Parse::NeedMore; }
@@ -2110,7 +2110,7 @@ struct Runner;
 struct Turn {
     Connection* client;  // null: nobody waits for it any more
     size_t size;         // bytes of its frame, where that went into the pipe as a whole
-    string request;      // its request line, once nobody waits
+    string request;      // its request line
 };
 
 /// A runner's pipes for one request at a time, and that request.
@@ -2330,8 +2330,8 @@ struct Connection : Passport {
         stored = body.stored();
         const Passport pass = *this;
         string message(reinterpret_cast<const char*>(&pass), sizeof pass);
-        for (const string* part :
-             {&from, &ends.peer, &ends.peer_port, &ends.server, &ends.server_port, &env}) {
+        for (const string* part : {&from, &ends.peer, &ends.peer_port, &ends.server,
+                                   &ends.server_port, &env, &parser.request_line}) {
             message += netstring(*part);
         }
         return message + netstring(taken + in, body.newest());
@@ -2342,8 +2342,8 @@ struct Connection : Passport {
         std::memcpy(&pass, message.data(), sizeof pass);
         Passport::operator=(pass);
         message.remove_prefix(sizeof pass);
-        for (string* part :
-             {&from, &ends.peer, &ends.peer_port, &ends.server, &ends.server_port, &env, &in}) {
+        for (string* part : {&from, &ends.peer, &ends.peer_port, &ends.server, &ends.server_port,
+                             &env, &parser.request_line, &in}) {
             int64_t size = 0;
             parse_number(cut(message, ':'), size);
             *part = message.substr(0, static_cast<size_t>(size));
@@ -2355,13 +2355,6 @@ struct Connection : Passport {
     /// Bytes of the head, which is kept twice until it is complete.
     size_t head_memory() const {
         return in.capacity() + taken.capacity() + parser.request.fields.capacity() + env.capacity();
-    }
-
-    /// For logs: the request line, to be escaped.
-    string request_line() const {
-        if (env.empty()) { return parser.request.line; }
-        const auto get = [this](string_view name) { return string(lookup(env, name)); };
-        return get("REQUEST_METHOD") + " " + get("RAW_URI") + " " + get("SERVER_PROTOCOL");
     }
 };
 
@@ -2506,7 +2499,7 @@ private:
         log(Level::Warning, "The graceful timeout is over");
         each_slot([this](Slot& slot) {
             take_back(slot);
-            for (Turn& turn : slot.turns) { forget_client(turn); }
+            for (Turn& turn : slot.turns) { turn.client = nullptr; }
         });
         do {
             for (const auto& c : connections_) {
@@ -2590,7 +2583,7 @@ private:
         const std::pair state(busy, busy != nullptr ? busy->since : Time{});
         if (!booted_ || std::exchange(shown_, state) == state) { return; }
         if (busy == nullptr) { return set_title(config_, "worker", "idle"); }
-        const string line = request_line(busy->turns.front());
+        const string& line = busy->turns.front().request;
         set_title(config_, "worker", line.substr(0, std::min(line.find('?'), line.rfind(' '))));
     }
 
@@ -2933,7 +2926,7 @@ private:
         c.minor = request.minor;
         c.bodyless = request.method == "HEAD";
         c.env = make_environ(request, c.ends, https ? "https" : "http");
-        if (g_log.level == Level::Debug) { log(Level::Debug, escape(c.request_line())); }
+        if (g_log.level == Level::Debug) { log(Level::Debug, escape(c.parser.request_line)); }
         release(c.taken);
         set_state(c, State::ReadBody);
         if (too_large(request.length)) { return refuse(c, {413, "the body is too large"}); }
@@ -2963,9 +2956,8 @@ private:
         if (c.silent) { return set_state(c, State::Done); }
         log_about(c, error.code < 500 ? Level::Warning : Level::Error,
                   to_string(error.code) + " to " + c.ends.peer + ": " + error.text);
-        const Request& request = c.parser.request;  // perhaps only part of one
-        c.minor = std::max(c.minor, request.minor);
-        c.bodyless = c.bodyless || request.line.find("HEAD ") == 0;
+        c.minor = std::max(c.minor, c.parser.request.minor);  // perhaps only part of one
+        c.bodyless = c.bodyless || c.parser.request_line.find("HEAD ") == 0;
         for (string* part : {&c.in, &c.taken, &c.parser.request.fields}) { release(*part); }
         string body;
         c.response = error_response(error.code, body);
@@ -3017,13 +3009,13 @@ private:
             const auto mine = [&c](const Turn& turn) { return turn.client == &c; };
             if (slot.current() == &c) { return abandon(slot); }
             if (find(slot.turns, mine)) { take_back(slot); }
-            if (Turn* turn = find(slot.turns, mine)) { forget_client(*turn); }  // it has begun
+            if (Turn* turn = find(slot.turns, mine)) { turn->client = nullptr; }  // it has begun
         });
         set_state(c, State::Done);
     }
 
     static void log_about(const Connection& c, Level level, const string& what) {
-        log(level, what + ": " + escape(c.request_line()));
+        log(level, what + ": " + escape(c.parser.request_line));
     }
 
     void write_access(const Connection& c) {
@@ -3031,7 +3023,7 @@ private:
         const int64_t bytes = std::max<int64_t>(c.body_bytes - c.out.size(), 0);  // less if cut
         const auto took = std::chrono::ceil<microseconds>(Clock::now() - c.started);
         const int status = c.response.status != 0 ? c.response.status : 499;  // gone before that
-        const Access access{c.env, c.head, c.request_line(), c.ends.peer, status, bytes, took};
+        const Access access{c.env, c.head, c.parser.request_line, c.ends.peer, status, bytes, took};
         const char* start = logs_access_ ? "" : "\n";  // the last line may be half a one
         const bool good =
             write_all(g_log.access_file, start + access_line(config_.access_log_format, access));
@@ -3202,7 +3194,7 @@ private:
         const bool sent = n == static_cast<ssize_t>(size);
         if (slot.busy() && !sent) { return false; }
         set_state(c, State::Run);
-        slot.turns.push_back({&c, sent ? size : 0, ""});
+        slot.turns.push_back({&c, sent ? size : 0, c.parser.request_line});
         if (slot.turns.size() > 1) { return true; }
         if (!sent) {
             slot.out = std::exchange(c.body, Spool());
@@ -3397,7 +3389,7 @@ private:
         Connection* c = slot.current();
         feed_runner(slot);  // what lies ahead is the runner's before this client has its response
         if (c == nullptr) { return; }
-        if (slot.current() == c) { forget_client(slot.turns.front()); }  // the slot is not free yet
+        if (slot.current() == c) { slot.turns.front().client = nullptr; }  // it is not free yet
         const bool cut = good && c->left > 0;
         if (!good) { log_about(*c, Level::Error, "Error handling request"); }
         if (cut) { log_about(*c, Level::Error, "The response is shorter than its Content-Length"); }
@@ -3415,18 +3407,9 @@ private:
 
     /// Nobody waits for the response any more: the runner is told so.
     void abandon(Slot& slot) {
-        forget_client(slot.turns.front());
+        slot.turns.front().client = nullptr;
         slot.gone = true;
         feed_runner(slot);
-    }
-
-    static string request_line(const Turn& turn) {
-        return turn.client != nullptr ? turn.client->request_line() : turn.request;
-    }
-
-    static void forget_client(Turn& turn) {
-        turn.request = request_line(turn);
-        turn.client = nullptr;
     }
 
     /// The response has ended and the request has gone out entirely: the slot goes on with what
@@ -3483,7 +3466,7 @@ private:
         }
         Runner& runner = *slot.runner;
         Connection* c = slot.current();
-        forget_client(slot.turns.front());
+        slot.turns.front().client = nullptr;
         log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(runner.pid) + "): no answer for " +
                                  get<&Config::timeout>(config_) +
                                  " s: " + escape(slot.turns.front().request));
@@ -3535,7 +3518,7 @@ private:
         };
         string lines;
         each_client([&](const Connection& c) {
-            (lines += lines.empty() ? ": " : ", ") += escape(c.request_line());
+            (lines += lines.empty() ? ": " : ", ") += escape(c.parser.request_line);
         });
         const bool ours = WIFSIGNALED(status) && runner.signal != 0;
         if ((has_work() && !retired) || (status != 0 && runner.signal == 0)) {
