@@ -2208,8 +2208,7 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
 /// In the forked child: becomes the runner. Its ends of the pipes alone go with it: for Python as
 /// they are, so that nothing that starts it can read or print there; else as standard input and
 /// output.
-[[noreturn]] void exec_runner(const Config& config, const std::vector<Fd>& ends, const string& boot,
-                              pid_t worker) {
+[[noreturn]] void exec_runner(const Config& config, const std::vector<Fd>& ends, string boot) {
     ::setpgid(0, 0);  // Ctrl-C is for the server; and what the application forks can be ended too
     const bool is_python = config.runner.empty();
     for (const Fd& end : ends) { ::fcntl(end.get(), F_SETFD, is_python ? 0 : FD_CLOEXEC); }
@@ -2219,9 +2218,8 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     ::dup2((is_python ? log_file : ends[static_cast<size_t>(config.pipes)]).get(), STDOUT_FILENO);
     ::dup2(log_file.get(), STDERR_FILENO);
 #ifdef __linux__
-    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);  // if it has died already, the pipes tell
 #endif
-    if (::getppid() != worker) { ::_exit(0); }
     const string label = "server: runner [" + config.proc_name + "]";
     exec_program(config, is_python ? Strings{config.python, "-u", "-c", boot, label}
                                    : Strings{"/bin/sh", "-c", "exec " + config.runner});
@@ -2255,12 +2253,11 @@ Error start_runner(const Config& config, Runner& runner) {
                         to_string(source.size()) +
                         ").split(b'\\0'); exec(compile(b[0], '<server runner>', 'exec'), "
                         "{'settings': b[1:]})";
-    const pid_t worker = ::getpid();
     block_signals(true);
     runner.pid = ::fork();
     if (runner.pid == 0) {
         if (config.runner.empty() && config.reload) { ::fcntl(list, F_SETFD, 0); }
-        exec_runner(config, ends, boot, worker);
+        exec_runner(config, ends, boot);
     }
     block_signals(false);
     if (runner.pid < 0) { return os_error("cannot fork"); }
@@ -2274,12 +2271,6 @@ string exit_text(int status) {
     if (!WIFSIGNALED(status)) { return "exited with status " + to_string(WEXITSTATUS(status)); }
     const int number = WTERMSIG(status);
     return "was ended by signal " + to_string(number) + " (" + ::strsignal(number) + ")";
-}
-
-/// What the end of the first runner means: none could be run, or it could not load the application.
-int boot_status(int status) {
-    const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
-    return code == kWorkerBootError || code >= 126 ? kWorkerBootError : kAppLoadError;  // sh: 126 …
 }
 
 // ============================================================================
@@ -3536,7 +3527,9 @@ private:
         restart_at_ = now_ + backoff(++unready_);
         const auto serves = [](const Runner& each) { return each.phase == Phase::Serving; };
         if (find(runners_, serves)) { return; }
-        if (!booted_) { status_ = boot_status(status); }
+        const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+        const bool none_ran = code == kWorkerBootError || code >= 126;  // of sh: 126 …
+        if (!booted_) { status_ = none_ran ? kWorkerBootError : kAppLoadError; }
         const seconds delay = backoff(failures_);
         if (++failures_ > 1) {
             log(Level::Warning, "The next runner starts in " + to_string(delay.count()) + " s");
