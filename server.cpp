@@ -1458,14 +1458,12 @@ private:
 
     /// "HTTP/" DIGIT "." DIGIT (RFC 9112 section 2.3); 1.2 and the like are served as 1.1.
     Error take_version(string_view text) {
-        const bool http = cut(text, '/') == "HTTP", dot = text.find('.') != string::npos;
-        const string_view major = cut(text, '.');
-        int64_t ignored;
-        if (!http || !parse_number(major, ignored) || (dot && !parse_number(text, ignored))) {
+        const bool http = cut(text, '/') == "HTTP" && !text.empty() && is_digit(text.back());
+        if (!http || text.find_first_not_of("0123456789.") != string::npos) {
             return {400, "not an HTTP version"};
         }
-        request.minor = text == "0" ? 0 : 1;
-        return major == "1" && text.size() == 1 ? Error{} : Error{505, "not HTTP/1"};
+        request.minor = text.back() == '0' ? 0 : 1;
+        return text.size() == 3 && text.substr(0, 2) == "1." ? Error{} : Error{505, "not HTTP/1"};
     }
 
     /// Origin, absolute and asterisk form (RFC 9112 section 3.2).
@@ -2893,16 +2891,14 @@ private:
 
     /// The PROXY header that may stand before a request. Head: the request begins.
     Parse take_proxy(Connection& c, string_view& in) {
-        Endpoints said = c.ends;
-        string_view rest = in;
-        const Parse parsed = take_proxy_header(rest, said);
-        if (rest.size() < in.size() && !is_listed(config_.proxy_allow_from, c.from)) {
+        const size_t all = in.size();
+        const Parse parsed = take_proxy_header(in, c.ends);
+        if (in.size() < all && !is_listed(config_.proxy_allow_from, c.from)) {
+            c.ends.peer = c.from;
             return c.parser.error = {403, "who sent a PROXY header may not"}, Parse::Bad;
         }
         if (parsed == Parse::Bad) { c.parser.error = {400, "not a PROXY header"}; }
         if (parsed != Parse::Done) { return parsed; }
-        in = rest;
-        c.ends = said;
         c.awaits_proxy = false, c.silent = true;
         return Parse::Head;
     }
