@@ -2117,8 +2117,7 @@ struct Slot {
     std::vector<Pair> pipes;  // of requests, used in turn
     Fd from;                  // the pipe of replies
     size_t index = 0;         // the pipe of the present request
-    Fd copy;                  // of that pipe, for select(), while it is full
-    bool full = false;
+    Fd full;                  // a copy of that pipe, for select(), while it is full
     NetstringReader reader;
     Spool out;                // what it has not taken yet of its request
     bool answered = false;    // its end frame has come
@@ -2136,7 +2135,7 @@ struct Slot {
 
     void close_requests() {
         for (Pair& each : pipes) { each = Pair(); }
-        copy.reset();
+        full.reset();
     }
 };
 
@@ -2175,16 +2174,12 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
         if (error) { return error; }
         slot.ahead_bytes = std::min(slot.ahead_bytes, resize_pipe(theirs, kPiece));
     }
-    slot.copy.reset(::fcntl(slot.pipe().get(), F_DUPFD_CLOEXEC, 0));
-    if (!slot.copy) { return os_error("cannot make a pipe"); }
     Pair replies;
     if (Error error = make_pipe(replies)) { return error; }
     (void)resize_pipe(replies.first, 1 << 18);
     set_flags(replies.first.get(), true);
     slot.from = std::move(replies.first);
-    if (std::max(slot.copy.get(), slot.from.get()) >= FD_SETSIZE) {
-        return {1, "too many descriptors for another runner"};
-    }
+    if (slot.from.get() >= FD_SETSIZE) { return {1, "too many descriptors for another runner"}; }
     ends.push_back(raise_fd(std::move(replies.second)));
     return {};
 }
@@ -2534,7 +2529,7 @@ private:
             thawed_ = woken, stopped_ += woken - before;
         }
         each_slot([&](Slot& slot) {
-            if (is_set(slot.copy, writes)) { feed_runner(slot); }
+            if (is_set(slot.full, writes)) { feed_runner(slot); }
             if (is_set(slot.from, reads)) { read_runner(slot); }
         });
         look_ = look_ || is_set(queue_.second, reads);
@@ -2583,7 +2578,7 @@ private:
         Time until = at_once ? now_ : std::min(next_tick_, pass_at());
         watch(g_self_pipe.first, reads);
         each_slot([&](const Slot& slot) {
-            if (slot.copy && slot.full) { watch(slot.copy, writes); }
+            if (slot.full) { watch(slot.full, writes); }
             if (!slot.from || stalled(slot)) { return; }
             watch(slot.from, reads);
             until = std::min(until, take_back_at(slot));
@@ -2654,6 +2649,7 @@ private:
     void tick_runners() {
         const Time anew = patience(thawed_);  // a stop, which they may have shared, does not count
         each_slot([&](Slot& slot) {
+            if (!slot.full) { feed_runner(slot); }  // there was no descriptor for it
             if (slot.busy() && now_ >= std::max(slot.deadline, anew)) { hung_app(slot); }
         });
         const bool done = !has_work();
@@ -3232,14 +3228,14 @@ private:
             // By itself: half of it would be taken for the start of the next frame.
             if (slot.out.size() == 0) { slot.gone = false, slot.out.append("0:,", kPiece); }
             const ssize_t n = write_some(slot.pipe(), slot.out.front());
-            if (n < 0 && !std::exchange(slot.full, true)) {
-                ::dup2(slot.pipe().get(), slot.copy.get());
-                set_flags(slot.copy.get(), false);
+            if (n < 0 && !slot.full) {
+                slot.full.reset(::fcntl(slot.pipe().get(), F_DUPFD_CLOEXEC, 0));
+                if (slot.full.get() >= FD_SETSIZE) { slot.full.reset(); }  // tick() tries again
             }
             if (n < 0) { return; }
             slot.out.pop(static_cast<size_t>(n));
         }
-        slot.full = false;
+        slot.full.reset();
         if (slot.busy() && slot.answered && slot.pipe()) { end_request(slot); }
     }
 
