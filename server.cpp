@@ -2562,13 +2562,12 @@ private:
 
     /// What ps tells of this process while it sleeps; query strings are nobody's business.
     void show_title() {
-        const Slot* busy = nullptr;
-        each_slot([&](const Slot& slot) { busy = slot.busy() ? &slot : busy; });
-        const std::pair state(busy, busy != nullptr ? busy->since : Time{});
-        if (!booted_ || std::exchange(shown_, state) == state) { return; }
-        if (busy == nullptr) { return set_title(config_, "worker", "idle"); }
-        const string& line = busy->turns.front().request;
-        set_title(config_, "worker", line.substr(0, std::min(line.find('?'), line.rfind(' '))));
+        string title = "idle ";
+        each_slot([&](const Slot& slot) {
+            if (slot.busy()) { title = slot.turns.front().request; }
+        });
+        title.resize(std::min(title.find('?'), title.rfind(' ')));
+        if (booted_ && title != shown_) { set_title(config_, "worker", shown_ = title); }
     }
 
     /// Completes the sets with what depends on the runner, and says when to wake at the latest.
@@ -3600,9 +3599,9 @@ private:
     Time last_begin_ = now_;          // when a request went out last
     Time stopped_{}, thawed_{};       // when we were told to stop; went on after a freeze
     Time last_accept_{}, lost_at_{};  // when a client came in last; when one was taken by others
-    std::pair<const Slot*, Time> shown_{nullptr, now_};  // by show_title(), and when that began
-    char replies_[kMaxMessage];  // from the runner; while they are read, buffer_ may be used
-    char buffer_[kMaxMessage];   // from a client or the ready queue
+    string shown_;                    // by ps, of what is done here
+    char replies_[kMaxMessage];       // from the runner; while they are read, buffer_ may be used
+    char buffer_[kMaxMessage];        // from a client or the ready queue
 };
 
 // ============================================================================
