@@ -2201,7 +2201,8 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
 /// In the forked child: becomes the runner. Its ends of the pipes alone go with it: for Python as
 /// they are, so that nothing that starts it can read or print there; else as standard input and
 /// output.
-[[noreturn]] void exec_runner(const Config& config, const std::vector<Fd>& ends, string boot) {
+[[noreturn]] void exec_runner(const Config& config, const std::vector<Fd>& ends, const string& boot,
+                              pid_t worker) {
     ::setpgid(0, 0);  // Ctrl-C is for the server; and what the application forks can be ended too
     const bool is_python = config.runner.empty();
     for (const Fd& end : ends) { ::fcntl(end.get(), F_SETFD, is_python ? 0 : FD_CLOEXEC); }
@@ -2211,8 +2212,9 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     ::dup2((is_python ? log_file : ends[static_cast<size_t>(config.pipes)]).get(), STDOUT_FILENO);
     ::dup2(log_file.get(), STDERR_FILENO);
 #ifdef __linux__
-    ::prctl(PR_SET_PDEATHSIG, SIGKILL);  // if it has died already, the pipes tell
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
 #endif
+    if (::getppid() != worker) { ::_exit(0); }
     const string label = "server: runner [" + config.proc_name + "]";
     exec_program(config, is_python ? Strings{config.python, "-u", "-c", boot, label}
                                    : Strings{"/bin/sh", "-c", "exec " + config.runner});
@@ -2246,11 +2248,12 @@ Error start_runner(const Config& config, Runner& runner) {
                         to_string(source.size()) +
                         ").split(b'\\0'); exec(compile(b[0], '<server runner>', 'exec'), "
                         "{'settings': b[1:]})";
+    const pid_t worker = ::getpid();
     block_signals(true);
     runner.pid = ::fork();
     if (runner.pid == 0) {
         if (config.runner.empty() && config.reload) { ::fcntl(list, F_SETFD, 0); }
-        exec_runner(config, ends, boot);
+        exec_runner(config, ends, boot, worker);
     }
     block_signals(false);
     if (runner.pid < 0) { return os_error("cannot fork"); }
@@ -2886,14 +2889,16 @@ private:
 
     /// The PROXY header that may stand before a request. Head: the request begins.
     Parse take_proxy(Connection& c, string_view& in) {
-        const size_t all = in.size();
-        const Parse parsed = take_proxy_header(in, c.ends);
-        if (in.size() < all && !is_listed(config_.proxy_allow_from, c.from)) {
-            c.ends.peer = c.from;
+        Endpoints said = c.ends;
+        string_view rest = in;
+        const Parse parsed = take_proxy_header(rest, said);
+        if (rest.size() < in.size() && !is_listed(config_.proxy_allow_from, c.from)) {
             return c.parser.error = {403, "who sent a PROXY header may not"}, Parse::Bad;
         }
         if (parsed == Parse::Bad) { c.parser.error = {400, "not a PROXY header"}; }
         if (parsed != Parse::Done) { return parsed; }
+        in = rest;
+        c.ends = said;
         c.awaits_proxy = false, c.silent = true;
         return Parse::Head;
     }
@@ -3775,7 +3780,6 @@ private:
         log(Level::Info, "Hang up: Master");
         const auto now = std::chrono::duration_cast<microseconds>(woken_.time_since_epoch());
         notify_systemd(config_, "RELOADING=1\nMONOTONIC_USEC=" + to_string(now.count()));
-        paused_ = false;
         Error error = open_logs(config_);
         next_directory_ = Fd(::open(config_.chdir.c_str(), O_DIRECTORY | O_CLOEXEC));
         if (!next_directory_) { error = os_error("cannot change to " + config_.chdir); }
@@ -3783,7 +3787,14 @@ private:
         for (WorkerInfo& worker : workers_) {
             if (worker.generation > generation_) { stop_worker(worker, SIGTERM); }
         }
+        if (std::exchange(paused_, false)) { return next_generation(); }  // there is none to keep
         spawn_worker(generation_ + 1);
+    }
+
+    /// From now on it is the one that serves, and where the directory's name leads is ours.
+    void next_generation() {
+        ++generation_, spawn_again_ = now_;
+        (void)!::fchdir(next_directory_.get());
     }
 
     /// Looks at the heartbeat files: who lives, is ready, wants a reload. A canary that is ready
@@ -3804,9 +3815,7 @@ private:
             const string count = to_string(config_.workers);
             notify_systemd(config_, "READY=1\nSTATUS=" + count + " workers");
             if (config_.check_config) { halt(SIGUSR2); }
-            if (worker.generation <= generation_) { continue; }
-            generation_ = worker.generation, spawn_again_ = now_;
-            (void)!::fchdir(next_directory_.get());
+            if (worker.generation > generation_) { next_generation(); }
         }
     }
 
@@ -3867,7 +3876,7 @@ private:
     }
 
     /// Makes the workers of the serving generation as many as wanted, and ends older ones once
-    /// all of these are ready. Of too many the newest goes: the others are known to load.
+    /// all of these are ready. Of too many, those go first that are not ready, then the oldest.
     void manage_workers() {
         const int wanted = paused_ ? 0 : config_.workers;
         int alive = 0, ready = 0;
@@ -3881,10 +3890,12 @@ private:
         }
         for (WorkerInfo& worker : workers_) {
             const bool old = worker.generation < generation_ && ready >= wanted;
-            const bool surplus = worker.generation == generation_ && alive > wanted;
+            const bool surplus = worker.generation == generation_ && alive > wanted &&
+                                 (!worker.booted || ready > wanted);
             if (worker.generation < 0 || !(old || surplus)) { continue; }
             stop_worker(worker, paused_ ? SIGUSR2 : SIGTERM);  // nobody else would empty the queue
             alive -= surplus ? 1 : 0;
+            ready -= surplus && worker.booted ? 1 : 0;
         }
     }
 
@@ -3909,7 +3920,7 @@ private:
             log(Level::Error, "No new worker: " + error.text);
             return worker_lost({pid, generation, Fd(), now_, now_}, kWorkerBootError);
         }
-        workers_.insert(workers_.begin(), WorkerInfo{pid, generation, std::move(tmp), now_, now_});
+        workers_.push_back({pid, generation, std::move(tmp), now_, now_});
     }
 
     static constexpr std::pair<int, const char*> kSignals[] = {
@@ -3919,7 +3930,7 @@ private:
     Config& config_;  // `workers`, `pidfile` and `old_master` change
     std::vector<Listener> listeners_;
     Pair queue_;
-    std::vector<WorkerInfo> workers_;  // the newest first
+    std::vector<WorkerInfo> workers_;  // the oldest first
     pid_t reexec_pid_ = 0;             // another master, our child
     int generation_ = 0;               // the one that serves, whose directory is ours, too
     Fd next_directory_;                // of the canary

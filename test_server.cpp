@@ -5154,11 +5154,14 @@ if os.path.exists("slow"):
 
 TEST_CASE("TTIN adds a worker, TTOU ends one, but never the last") {
     Server server(kHello, {"-w", "1"});
+    CHECK(server.wait_ready_workers(1));
+    const pid_t first = server.workers()[0];
     server.signal(SIGTTIN);
     CHECK(server.wait_ready_workers(2));
     CHECK(server.workers().size() == 2);
     server.signal(SIGTTOU);
     CHECK(wait_for([&] { return server.workers().size() == 1; }));
+    CHECK_FALSE(has_pid(server.workers(), first));  // the oldest goes, as with gunicorn
     server.signal(SIGTTOU);
     CHECK(wait_for([&] { return count(server.log(), "Handling signal: ttou") == 2; }));
     server.signal(SIGTTIN);
@@ -7831,6 +7834,7 @@ TEST_CASE("behind a proxy that speaks the PROXY protocol the client is who it sa
         CHECK(has_line(local.body, "REMOTE_ADDR=127.0.0.1"));
     }
     CHECK(exchange(Client(server), "PROXY TCP4 x y 1 2\r\n" + request_bytes).status == 400);
+    CHECK(exchange(Client(server), "PROXY TCP4 x y 1 2\r\n").status == 400);  // and nothing more
     CHECK(exchange(Client(server), v1 + v1 + request_bytes).status == 400);
     CHECK(exchange(Client(strict), v1 + request_bytes).status == 403);
     CHECK(strict.log_has("[WARNING] 403 to 127.0.0.1: "));  // and not to whom the header names
@@ -8267,11 +8271,13 @@ TEST_CASE("a daemon goes on in the background, and its pid file names it as long
     ::kill(pid, SIGWINCH);
     for (Client& client : waiting) { CHECK(Reply(client.read_all()).body == "ok"); }
     CHECK(wait_for([&] { return tree() == "0"; }));
+    const size_t booted = count(read_file(errors), "Booting worker");
     ::kill(pid, SIGHUP);
     CHECK(wait_for([&] { return tree() == "2"; }));
     CHECK(request(port, get_bytes("/y")).body == "ok");
     ::kill(pid, SIGTERM);
     CHECK(wait_for([&] { return !alive(pid); }));
+    CHECK(count(read_file(errors), "Booting worker") == booted + 2);  // with none to keep
     CHECK_FALSE(exists(pidfile));
     write_file(pidfile, "999999999\n");  // of a process that is no more
     args[6] = "";                        // no error log: nothing of the terminal is kept
