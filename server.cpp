@@ -204,28 +204,6 @@ size_t resize_pipe([[maybe_unused]] const Fd& fd, [[maybe_unused]] int bytes) {
 #endif
 }
 
-/// A pipe that is read blocking and written non-blocking, with a second, non-blocking reading end
-/// for who wrote to take it back: POSIX gives two readers flags of their own only where both have
-/// opened it, so it is a FIFO for a moment.
-Error make_fifo(string dir, Pair& ours, Fd& theirs) {
-    dir += "/server-XXXXXX";
-    const mode_t mask = ::umask(0);  // one could take away what is meant for us
-    const bool made_dir = ::mkdtemp(dir.data()) != nullptr;
-    const string path = dir + "/fifo";
-    const bool made = made_dir && ::mkfifo(path.c_str(), 0600) == 0;
-    ::umask(mask);
-    if (made) {
-        ours.first = raise_fd(Fd(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)));
-        const int to = ours.first ? ::open(path.c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC) : -1;
-        ours.second = raise_fd(Fd(to));
-        if (ours.second) { theirs = raise_fd(Fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC))); }
-    }
-    const Error error = theirs ? Error{} : os_error("no FIFO " + path);
-    ::unlink(path.c_str());
-    if (made_dir) { ::rmdir(dir.c_str()); }
-    return error;
-}
-
 /// A variable of our environment, empty if there is none.
 string environment(const char* name) {
     const char* value = std::getenv(name);
@@ -1888,8 +1866,9 @@ class Slot:
             report()
             os._exit(1)
 
-    def more(self):
-        data = os.read(self.requests[self.index], 65536)
+    def more(self):  # or nothing, where the worker looks whether it can take a request back
+        try: data = os.read(self.requests[self.index], 65536)
+        except BlockingIOError: return select.select([self.requests[self.index]], [], [])
         if not data: raise Gone
         self.pending += data
 
@@ -1902,15 +1881,14 @@ class Slot:
             self.more()
 
     def take(self, size):  # some bytes of the body, `size` at most
-        if not self.pending: self.more()
+        while not self.pending: self.more()
         data = self.pending[:min(size, self.left)]
         self.pending = self.pending[len(data):]
         self.left -= len(data)
         return data
 
     def client_gone(self):
-        if not self.left and select.select([self.requests[self.index]], [], [], 0)[0]:
-            self.more()
+        if not self.left and select.select([self.requests[self.index]], [], [], 0)[0]: self.more()
         return not self.left and self.pending == b"0:,"
 
     def serve(self, base):
@@ -2167,12 +2145,13 @@ struct Runner {
 /// Makes the pipes of a slot; to `ends` go the runner's, those of requests and one of replies.
 Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     for (int i = 0; i < config.pipes; ++i) {
-        Pair& ours = slot.pipes.emplace_back();
-        Fd& theirs = ends.emplace_back();
-        Error error = make_fifo(config.worker_tmp_dir, ours, theirs);
-        if (error) { error = make_fifo(temp_dir(), ours, theirs); }  // as --user
-        if (error) { return error; }
-        slot.ahead_bytes = std::min(slot.ahead_bytes, resize_pipe(theirs, kPiece));
+        Pair& pipe = slot.pipes.emplace_back();
+        if (Error error = make_pipe(pipe)) { return error; }
+        set_flags(pipe.second.get(), true);
+        slot.ahead_bytes = std::min(slot.ahead_bytes, resize_pipe(pipe.first, kPiece));
+        ends.push_back(raise_fd(Fd(::fcntl(pipe.first.get(), F_DUPFD_CLOEXEC, 0))));
+        if (!ends.back()) { return os_error("cannot make a pipe"); }
+        pipe = {raise_fd(std::move(pipe.first)), raise_fd(std::move(pipe.second))};
     }
     Pair replies;
     if (Error error = make_pipe(replies)) { return error; }
@@ -3205,7 +3184,8 @@ private:
     }
 
     /// Takes out again what lies ahead and the runner has not read, to wait here, in front, as it
-    /// would have without that. Of what it has read a part, which POSIX allows above PIPE_BUF, the
+    /// would have without that. (The end of the pipe is the runner's, too, which sees the flag, and
+    /// may have to look again.) Of what it has read a part, which POSIX allows above PIPE_BUF, the
     /// rest goes in again. Where the runner is lost, none is kept: the present request, too, is the
     /// next one's if unread.
     void take_back(Slot& slot, size_t keep = 1) {
@@ -3216,7 +3196,9 @@ private:
                 client != nullptr && (client->response.status != 0 || !client->app_head.empty());
             if (all == 0 || begun) { return; }  // it may answer without reading
             const Pair& pipe = slot.pipe_of(slot.turns.size() - 1);
+            ::fcntl(pipe.first.get(), F_SETFL, O_NONBLOCK);
             const ssize_t n = read_some(pipe.first, buffer_, kMaxMessage);
+            ::fcntl(pipe.first.get(), F_SETFL, 0);
             const size_t size = static_cast<size_t>(std::max<ssize_t>(n, 0));
             if (size < all && size > 0) { (void)write_some(pipe.second, {buffer_, size}); }
             if (size < all) { return; }
