@@ -1037,13 +1037,10 @@ Error clear_path(const string& path, const sockaddr_un& name) {
     if (!S_ISSOCK(info.st_mode)) { return {1, path + " exists and is no socket"}; }
     const Fd probe(::socket(AF_UNIX, SOCK_STREAM, 0));
     set_flags(probe.get(), true);
-    if (::connect(probe.get(), reinterpret_cast<const sockaddr*>(&name), sizeof name) == 0 ||
-        errno != ECONNREFUSED) {
-        errno = EADDRINUSE;
-        return os_error("cannot listen on unix:" + path);
-    }
-    ::unlink(path.c_str());
-    return {};
+    const auto address = reinterpret_cast<const sockaddr*>(&name);
+    const int live = ::connect(probe.get(), address, sizeof name);
+    if (live < 0 && errno == ECONNREFUSED) { ::unlink(path.c_str()); }
+    return {};  // of a live one bind() says that it is in use
 }
 
 /// Accepted sockets inherit it: the kernel holds little that it could not send yet, so that a
