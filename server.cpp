@@ -133,8 +133,6 @@ private:
 
 bool would_block() { return errno == EAGAIN || errno == EWOULDBLOCK; }
 
-ssize_t read_some(const Fd& fd, char* to, size_t room) { return ::read(fd.get(), to, room); }
-
 ssize_t write_some(const Fd& fd, string_view data) {
     return ::write(fd.get(), data.data(), data.size());
 }
@@ -474,16 +472,15 @@ struct Config {
     bool check_config = false, print_config = false, version = false, help = false;
 };
 
-string join(const Strings& parts) {
+string to_string(const string& text) { return text; }
+string to_string(bool flag) { return flag ? "yes" : "no"; }
+string to_string(seconds time) { return to_string(time.count()); }
+
+string to_string(const Strings& parts) {
     string out;
     for (const string& part : parts) { out += (out.empty() ? "" : ",") + part; }
     return out;
 }
-
-string to_string(const string& text) { return text; }
-string to_string(const Strings& parts) { return join(parts); }
-string to_string(bool flag) { return flag ? "yes" : "no"; }
-string to_string(seconds time) { return to_string(time.count()); }
 
 template <auto Member>
 string get(const Config& config) {
@@ -527,14 +524,10 @@ Error set_workers(Config& config, string_view text) {
 constexpr const char* kLevels[] = {"DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"};
 constexpr const char* kWorkerClasses[] = {"sync", "gthread"};
 
-Error check_word(string_view text, const char* const* words, size_t count) {
-    while (count > 0 && !same_name(words[count - 1], text)) { --count; }
-    return count > 0 ? Error{} : Error{1, "there is no '" + string(text) + "'"};
-}
-
 template <const auto& Words>
 Error check_word(string_view text) {
-    return check_word(text, Words, std::size(Words));
+    const auto named = [text](string_view word) { return same_name(word, text); };
+    return find(Words, named) ? Error{} : Error{1, "there is no '" + string(text) + "'"};
 }
 
 /// A list of addresses and networks, * for all.
@@ -1118,6 +1111,7 @@ void unlink_sockets(const std::vector<Listener>& listeners) {
 Error resolve_user(Config& config) {
     int64_t uid, gid = ::getegid();
     const bool number = parse_number(config.user, uid) && uid < UINT32_MAX;
+    if (config.user.empty()) { uid = ::geteuid(); }
     if (number && !config.group.empty()) {
         config.user.clear();  // nothing to look up, which a static program may not be able to
     } else if (!config.user.empty()) {
@@ -1127,8 +1121,6 @@ Error resolve_user(Config& config) {
             return {1, "there is no user '" + config.user + "'" + (number ? ": name a group" : "")};
         }
         uid = entry->pw_uid, gid = entry->pw_gid, config.user = entry->pw_name;
-    } else {
-        uid = ::geteuid();
     }
     if (!config.group.empty() && (!parse_number(config.group, gid) || gid >= UINT32_MAX)) {
         const struct group* entry = ::getgrnam(config.group.c_str());
@@ -1155,14 +1147,15 @@ pid_t read_pidfile(const string& path) {
     const Fd file(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));  // it may be a FIFO
     char text[32] = "";
     int64_t pid = 0;
-    (void)read_some(file, text, sizeof text - 1);
+    (void)!::read(file.get(), text, sizeof text - 1);
     const bool good = parse_number({text, std::strcspn(text, "\n")}, pid) && pid <= INT_MAX;
     return good ? static_cast<pid_t>(pid) : 0;
 }
 
 /// Refuses a pid file with the number of a live process in it (--check-config overlooks that: it
 /// is no fault of the settings), or where none can be written.
-Error check_pidfile(const Config& config, const string& path) {
+Error check_pidfile(const Config& config) {
+    const string& path = config.pidfile;
     if (path.empty()) { return {}; }
     const pid_t pid = read_pidfile(path);
     const bool alive = pid > 0 && pid != ::getpid() && (::kill(pid, 0) == 0 || errno == EPERM);
@@ -1207,7 +1200,7 @@ void make_title_room(Config& config, char** argv, int argc) {
 #ifdef PR_SET_MM_MAP  // prctl(2); the numbers of the fields are those of proc(5)
     char stat[1024] = "";
     const Fd file(::open("/proc/self/stat", O_RDONLY | O_CLOEXEC));
-    (void)read_some(file, stat, sizeof stat - 1);
+    (void)!::read(file.get(), stat, sizeof stat - 1);
     string_view line = stat;
     line.remove_prefix(std::min(line.rfind(')') + 2, line.size()));
     int64_t fields[52] = {};
@@ -2214,7 +2207,7 @@ Error start_runner(const Config& config, Runner& runner) {
     const int list = runner.files.get();
     string source = kRunner;
     for (const string& setting :
-         {config.app, join(config.pythonpath), string("server/") + kVersion,
+         {config.app, to_string(config.pythonpath), string("server/") + kVersion,
           config.workers > 1 ? string("1") : "", config.reload ? to_string(list) : "",
           to_string(config.threads)}) {
         (source += '\0') += setting;
@@ -2809,7 +2802,7 @@ private:
             expire(c);
         } else if (c.state != State::Linger) {
             refuse(c, {503, "too many connections"});
-            (void)read_some(c.socket, buffer_, kPiece);  // unread bytes would reset it
+            (void)!::read(c.socket.get(), buffer_, kPiece);  // unread bytes would reset it
         }
         set_state(c, State::Done);
         settle(c);
@@ -2824,7 +2817,7 @@ private:
 
     /// Reads what a client sent, and lets its state say what that means.
     void read_client(Connection& c) {
-        const ssize_t n = read_some(c.socket, buffer_, kPiece);
+        const ssize_t n = ::read(c.socket.get(), buffer_, kPiece);
         if (n < 0) { return would_block() ? void() : client_gone(c); }
         c.eof = n == 0;  // a half-close: the client still gets its answer
         if (c.state <= State::ReadBody) {
@@ -3194,7 +3187,7 @@ private:
             if (all == 0 || begun) { return; }  // it may answer without reading
             const Pair& pipe = slot.pipe_of(slot.turns.size() - 1);
             ::fcntl(pipe.first.get(), F_SETFL, O_NONBLOCK);
-            const ssize_t n = read_some(pipe.first, buffer_, kMaxMessage);
+            const ssize_t n = ::read(pipe.first.get(), buffer_, kMaxMessage);
             ::fcntl(pipe.first.get(), F_SETFL, 0);
             const size_t size = static_cast<size_t>(std::max<ssize_t>(n, 0));
             if (size < all && size > 0) { (void)write_some(pipe.second, {buffer_, size}); }
@@ -3225,7 +3218,7 @@ private:
     /// Reads once what the runner says; false where there is nothing more to read.
     bool read_runner(Slot& slot) {
         using Event = NetstringReader::Event;
-        const ssize_t n = read_some(slot.from, replies_, sizeof replies_);
+        const ssize_t n = ::read(slot.from.get(), replies_, sizeof replies_);
         if (n < 0 && would_block()) { return false; }
         if (n <= 0) { return lose_slot(slot), false; }
         if (slot.current() != nullptr) { slot.deadline = patience(now_); }
@@ -3665,7 +3658,7 @@ private:
         for (const Listener& each : listeners_) { texts.push_back(each.text); }
         log(Level::Debug, "Current configuration:\n" + show_config(config_));
         log(Level::Info, string("Starting server ") + kVersion);
-        log(Level::Info, "Listening at: " + join(texts) + " (" + to_string(::getpid()) + ")");
+        log(Level::Info, "Listening at: " + to_string(texts) + " (" + to_string(::getpid()) + ")");
         log(Level::Info,
             "Using worker: " + (config_.threads > 1 ? "gthread" : config_.worker_class));
         return {};
@@ -3981,7 +3974,7 @@ Error apply(Config& config) {
         if (Error error = make_temp_file(dir, probe)) { return error; }
     }
     if (Error error = resolve_user(config)) { return error; }
-    if (Error error = check_pidfile(config, config.pidfile)) { return error; }
+    if (Error error = check_pidfile(config)) { return error; }
     if (config.errorlog.empty()) { config.errorlog = "-"; }
     for (string* path : {&config.errorlog, &config.accesslog, &config.pidfile}) {
         if (!path->empty() && *path != "-") { *path = absolute(config.chdir, *path); }
