@@ -70,8 +70,6 @@
 #include <utility>
 #include <vector>
 
-extern char** environ;  // POSIX leaves it to its user to say so
-
 static_assert(sizeof(off_t) >= 8, "for large files: -D_FILE_OFFSET_BITS=64, as in the Makefile");
 
 namespace {
@@ -458,15 +456,13 @@ struct Config {
     Strings reload_extra_files;
     uid_t uid = 0;  // what --user and --group mean
     gid_t gid = 0;
-    rlim_t files = 0;      // the soft limit on descriptors as it was, for the application
-    int pipes = 8;         // of requests, in each slot
-    string sockets;        // from systemd or an old master: FD:INODE: of each; 0: not to remove
-    string notify_socket;  // of systemd
-    Strings argv;          // as it was started, and where, for an upgrade
+    rlim_t files = 0;  // the soft limit on descriptors as it was, for the application
+    int pipes = 8;     // of requests, in each slot
+    string sockets;    // from systemd or an old master: FD:INODE: of each; 0: not to remove
+    Strings argv;      // as it was started, and where, for an upgrade
     string directory;
-    std::vector<char*> environment;  // as it was, too
-    pid_t old_master = 0;            // that upgrades to this one
-    char* title = nullptr;           // what ps shows
+    pid_t old_master = 0;   // that upgrades to this one
+    char* title = nullptr;  // what ps shows
     size_t title_size = 0;
     bool daemon = false, detached = false;  // detached: it has no terminal any more
     bool check_config = false, print_config = false, version = false, help = false;
@@ -1233,10 +1229,10 @@ void set_title(const Config& config, const char* role, const string& what = "") 
 }
 
 /// Tells systemd, where it started us and wants to know, what goes on (sd_notify(3)).
-void notify_systemd(const Config& config, const string& state) {
+void notify_systemd(const string& state) {
     sockaddr_un name{};
     name.sun_family = AF_UNIX;
-    const string& path = config.notify_socket;
+    const string path = environment("NOTIFY_SOCKET");
     if (path.empty() || path.size() >= sizeof name.sun_path) { return; }
     path.copy(name.sun_path, path.size());
     if (path.front() == '@') { name.sun_path[0] = '\0'; }
@@ -2377,7 +2373,7 @@ public:
 private:
     // --- life -------------------------------------------------------------------------------
 
-    /// After the fork: signals, another user, the first runner.
+    /// After the fork: signals, the application's environment, another user, the first runner.
     Error init_process() {
         log(Level::Info, "Booting worker with pid: " + to_string(::getpid()));
         set_title(config_, "worker");
@@ -2385,6 +2381,12 @@ private:
         set_signals({SIGHUP, SIGWINCH, SIGTTIN, SIGTTOU, SIGPIPE, SIGXFSZ}, SIG_IGN);
         set_signals({SIGTERM, SIGUSR1, SIGUSR2, SIGINT, SIGQUIT, SIGCHLD}, on_signal);
         block_signals(false);
+        for (const char* name :
+             {"SERVER_UPGRADE", "SERVER_SOCKETS", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
+              "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
+            ::unsetenv(name);  // what is between systemd, an old master and this server
+        }
+        for (const string& pair : config_.raw_env) { ::putenv(const_cast<char*>(pair.c_str())); }
         if (Error error = drop_privileges(config_)) { return error; }
         ::srandom(static_cast<unsigned>(::getpid()));
         return boot_runner();
@@ -3709,7 +3711,6 @@ private:
             ::fcntl(each.fd.get(), F_SETFD, 0);
             sockets += to_string(each.fd.get()) + ":" + to_string(each.inode) + ":";
         }
-        ::environ = config_.environment.data();
         ::setenv("SERVER_SOCKETS", sockets.c_str(), 1);
         ::setenv("SERVER_UPGRADE", to_string(::getppid()).c_str(), 1);
         (void)!::chdir(config_.directory.c_str());
@@ -3730,7 +3731,7 @@ private:
     void halt(int number) {
         if (!std::exchange(stopping_, true) && !has_old_master()) {
             const string heir = "MAINPID=" + to_string(reexec_pid_);
-            notify_systemd(config_, reexec_pid_ > 0 ? heir : "STOPPING=1");
+            notify_systemd(reexec_pid_ > 0 ? heir : "STOPPING=1");
         }
         for (Listener& each : listeners_) { each.fd.reset(); }
         for (WorkerInfo& worker : workers_) { stop_worker(worker, number); }
@@ -3751,7 +3752,7 @@ private:
         if (stopping_) { return; }
         log(Level::Info, "Hang up: Master");
         const auto now = std::chrono::duration_cast<microseconds>(woken_.time_since_epoch());
-        notify_systemd(config_, "RELOADING=1\nMONOTONIC_USEC=" + to_string(now.count()));
+        notify_systemd("RELOADING=1\nMONOTONIC_USEC=" + to_string(now.count()));
         Error error = open_logs(config_);
         next_directory_ = Fd(::open(config_.chdir.c_str(), O_DIRECTORY | O_CLOEXEC));
         if (!next_directory_) { error = os_error("cannot change to " + config_.chdir); }
@@ -3785,7 +3786,7 @@ private:
             if (worker.booted || (info.st_mode & 2) == 0) { continue; }
             worker.booted = ever_booted_ = true;
             const string count = to_string(config_.workers);
-            notify_systemd(config_, "READY=1\nSTATUS=" + count + " workers");
+            notify_systemd("READY=1\nSTATUS=" + count + " workers");
             if (config_.check_config) { halt(SIGUSR2); }
             if (worker.generation > generation_) { next_generation(); }
         }
@@ -3834,7 +3835,7 @@ private:
             return halt(SIGQUIT);
         }
         if (worker.generation > generation_) {
-            notify_systemd(config_, "READY=1");
+            notify_systemd("READY=1");
             return log(Level::Error, "Reload failed: the old workers go on");
         }
         if (worker.generation < 0 || now_ < spawn_again_) { return; }  // one of several counts
@@ -3917,7 +3918,7 @@ private:
 //  12. main: puts the settings into force, binds or inherits the sockets
 // ============================================================================
 
-/// Puts the settings into force: directory, environment, descriptors, logs.
+/// Puts the settings into force: directory, descriptors, logs.
 Error apply(Config& config) {
     if (config.threads > 1 && !config.runner.empty()) {
         return {1, "--threads is for Python: a --runner has one pair of pipes"};
@@ -3927,9 +3928,6 @@ Error apply(Config& config) {
     }
     config.chdir = absolute(config.directory, config.chdir);
     if (config.proc_name.empty()) { config.proc_name = config.app; }
-    for (char** each = ::environ; *each != nullptr; ++each) { config.environment.push_back(*each); }
-    config.environment.push_back(nullptr);
-    config.notify_socket = environment("NOTIFY_SOCKET");
     int64_t count = 0, old_master = 0;
     if (parse_number(environment("SERVER_UPGRADE"), old_master)) {  // it may have gone already
         config.old_master = static_cast<pid_t>(old_master);
@@ -3942,12 +3940,6 @@ Error apply(Config& config) {
         const int end = 3 + static_cast<int>(std::min<int64_t>(count, FD_SETSIZE / 2));
         for (int fd = 3; fd < end; ++fd) { config.sockets += to_string(fd) + ":0:"; }
     }
-    for (const char* name :
-         {"SERVER_UPGRADE", "SERVER_SOCKETS", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
-          "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
-        ::unsetenv(name);  // what is between systemd, an old master and this server
-    }
-    for (string& pair : config.raw_env) { ::putenv(pair.data()); }
     config.files = set_soft_limit(4 * FD_SETSIZE);
     const rlim_t limit = set_soft_limit(4 * FD_SETSIZE);  // again: returns what it is now
     const bool ample = limit >= 4 * FD_SETSIZE && config.threads == 1;
@@ -3990,7 +3982,7 @@ Error apply(Config& config) {
     if (config.check_config) {  // until one worker has loaded the application, and seen by nobody
         config.workers = 1;
         config.daemon = config.reload = false;
-        config.pidfile.clear(), config.notify_socket.clear();
+        config.pidfile.clear(), ::unsetenv("NOTIFY_SOCKET");
         g_log.level = std::max(g_log.level, Level::Warning);
     }
     return {};
