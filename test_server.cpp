@@ -7973,15 +7973,15 @@ while (1) {
     const Server server(
         "", {"-w", "1", "--runner", "perl " + dir.path + "/runner.pl", "--error-logfile", errors},
         {}, false);
-    REQUIRE(wait_for([&] { return server.runners().size() == 1; }));
-    const pid_t runner = server.runners()[0];
+    vector<pid_t> runners;
+    REQUIRE(wait_for([&] { return (runners = server.runners()).size() == 1; }));
     const int port = port_in(read_file(errors));
     CHECK(request(port, get_bytes("/")).body == "here");
     REQUIRE(::rename(errors.c_str(), old.c_str()) == 0);
     server.signal(SIGUSR1);
     REQUIRE(wait_for([&] { return !has_open(server.workers()[0], old); }));
     CHECK(request(port, get_bytes("/")).body == "here");
-    CHECK(server.runners() == vector<pid_t>{runner});
+    CHECK(server.runners() == runners);
     CHECK_FALSE(contains(read_file(errors), "[ERROR]"));
 }
 
