@@ -2506,7 +2506,7 @@ private:
             if (is_set(slot.full, writes)) { feed_runner(slot); }
             if (is_set(slot.from, reads)) { read_runner(slot); }
         });
-        look_ = look_ || is_set(queue_.second, reads);
+        look_ = look_ || is_set(queue_.second, reads) || now_ >= next_tick_;
         for (int fd = 0; fd <= max_fd_; ++fd) {
             const bool readable = FD_ISSET(fd, &reads), writable = FD_ISSET(fd, &writes);
             Connection* c = readable || writable ? connections_[fd].get() : nullptr;
@@ -2546,7 +2546,6 @@ private:
 
     /// Completes the sets with what depends on the runner, and says when to wake at the latest.
     Time prepare(fd_set& reads, fd_set& writes) {
-        const bool room = connected_ <= config_.worker_connections || find_victim() != nullptr;
         const bool at_once = !ready_.empty() && has_idle_slot();  // run_requests() has its limits
         Time until = at_once ? now_ : std::min(next_tick_, pass_at());
         watch(g_self_pipe.first, reads);
@@ -2556,6 +2555,7 @@ private:
             watch(slot.from, reads);
             until = std::min(until, take_back_at(slot));
         });
+        const bool room = connected_ <= config_.worker_connections;
         if (places() > 0 && room && stop_ != Stop::Leave) { watch(queue_.second, reads); }
         // A busy worker leaves connections to idle ones for a while: or all would wake for one.
         const Time accept_at =
@@ -2726,8 +2726,8 @@ private:
     /// listeners are left alone for a moment, so as not to spin around them.
     bool accept_client(const Listener& listener) {
         const bool full = connected_ >= config_.worker_connections;
-        Connection* victim = full ? find_victim() : nullptr;
-        if (full && victim == nullptr) { return accept_again_ = now_ + kTick, false; }
+        if (full && !is_ready(listener.fd)) { return false; }
+        if (full && !shed()) { return accept_again_ = now_ + kTick, false; }
         sockaddr_storage peer{};
         socklen_t size = sizeof peer;
         const auto address = reinterpret_cast<sockaddr*>(&peer);
@@ -2747,7 +2747,6 @@ private:
             log(Level::Error, error.text), shed();
             return accept_again_ = now_ + kTick, false;
         }
-        if (full) { drop(*victim); }
         Connection* c = adopt(std::move(fd));
         if (c == nullptr) { return false; }
         address_text(peer, c->ends.peer, c->ends.peer_port);
@@ -2776,10 +2775,10 @@ private:
         return connections_[number].get();
     }
 
-    /// Who has to go when there are too many: one that lingers, or else the one that came first of
-    /// those that are unfinished or have taken nothing for `timeout`. Null: all are being served;
-    /// or what lies in the kernel has just completed this one's request.
-    Connection* find_victim() {
+    /// Makes room for one more: who lingers has to go, or else who came first of those that are
+    /// unfinished, or have taken nothing for `timeout`. False: all are being served; or what lay
+    /// in the kernel has just completed this one's request.
+    bool shed() {
         const auto rank = [](const Connection& c) {
             return std::make_pair(c.state != State::Linger, c.accepted);
         };
@@ -2791,30 +2790,16 @@ private:
             if (!stuck && c->state != State::Linger && c->state > State::ReadBody) { continue; }
             if (victim == nullptr || rank(*c) < rank(*victim)) { victim = c.get(); }
         }
-        if (victim == nullptr || victim->state > State::ReadBody) { return victim; }
+        if (victim == nullptr) { return false; }
         read_client(*victim);
-        const bool unfinished = victim->state <= State::ReadBody;
-        settle(*victim);
-        return unfinished ? victim : nullptr;
-    }
-
-    /// Lets a victim go, with an answer if it has sent something.
-    void drop(Connection& c) {
-        if (c.state == State::Reply) {
-            expire(c);
-        } else if (c.state != State::Linger) {
-            refuse(c, {503, "too many connections"});
-            (void)!::read(c.socket.get(), buffer_, kPiece);  // unread bytes would reset it
+        if (victim->state <= State::ReadBody) {
+            refuse(*victim, {503, "too many connections"});
+            (void)!::read(victim->socket.get(), buffer_, kPiece);  // unread bytes would reset it
         }
-        set_state(c, State::Done);
-        settle(c);
-    }
-
-    /// Makes room for one more; false where nobody can go.
-    bool shed() {
-        Connection* victim = find_victim();
-        if (victim != nullptr) { drop(*victim); }
-        return victim != nullptr;
+        if (victim->state >= State::Reply) { expire(*victim); }
+        const bool gone = victim->state == State::Done;
+        settle(*victim);
+        return gone;
     }
 
     /// Reads what a client sent, and lets its state say what that means.
