@@ -2609,7 +2609,6 @@ private:
             settle(*c);
         }
         tick_runners();
-        if (!has_idle_slot()) { expire_queue(); }
 #ifndef __APPLE__  // whose kernel may shut the reading side of a socket that only a message holds
         if (stop_ == Stop::Leave) { hand_over_readers(); }
 #endif
@@ -3018,10 +3017,17 @@ private:
         }
     }
 
-    /// What runners want comes from the queue first: it has waited longer than what waits here.
+    /// What runners want comes from the queue first: it has waited longer than what waits here. So
+    /// does what needs none: requests that are not complete, and those that have waited too long.
     void take_from_queue() {
         const auto own = static_cast<std::ptrdiff_t>(ready_.size());
-        for (size_t n = places(); n > 0 && dequeue(); --n) {}
+        size_t wanted = places();
+        Passport next;
+        const auto needs_none = [&] {
+            return ::recv(queue_.second.get(), &next, sizeof next, MSG_PEEK | MSG_DONTWAIT) > 0 &&
+                   (next.state != State::Ready || now_ >= due(next));
+        };
+        while ((wanted > 0 || needs_none()) && dequeue()) { wanted -= wanted > 0 ? 1 : 0; }
         ready_.splice(ready_.end(), ready_, ready_.begin(), std::next(ready_.begin(), own));
     }
 
@@ -3052,16 +3058,6 @@ private:
         }
         settle(*c);
         return true;
-    }
-
-    /// While the runner is busy: takes out what needs none, requests that are not complete, and
-    /// those that have waited too long.
-    void expire_queue() {
-        Passport pass;
-        while (::recv(queue_.second.get(), &pass, sizeof pass, MSG_PEEK | MSG_DONTWAIT) > 0 &&
-               (pass.state != State::Ready || now_ >= due(pass))) {
-            if (!dequeue()) { return; }
-        }
     }
 
     // --- the runner -------------------------------------------------------------------------
