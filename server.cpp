@@ -2549,9 +2549,11 @@ private:
         const bool at_once = !ready_.empty() && has_idle_slot();  // run_requests() has its limits
         Time until = at_once ? now_ : std::min(next_tick_, pass_at());
         watch(g_self_pipe.first, reads);
-        each_slot([&](const Slot& slot) {
+        each_slot([&](Slot& slot) {
             if (slot.full) { watch(slot.full, writes); }
-            if (!slot.from || stalled(slot)) { return; }
+            const bool stalled = slot.current() != nullptr && slot.current()->out.full();
+            if (stalled) { slot.deadline = patience(now_); }  // by the client, not the application
+            if (!slot.from || stalled) { return; }
             watch(slot.from, reads);
             until = std::min(until, take_back_at(slot));
         });
@@ -3077,10 +3079,6 @@ private:
         }
     }
 
-    static bool stalled(const Slot& slot) {
-        return slot.current() != nullptr && slot.current()->out.full();
-    }
-
     /// How many requests a slot would take now: what it runs next, and what lies ahead.
     size_t places(const Slot& slot) const {
         if (slot.runner->phase != Phase::Serving) { return 0; }
@@ -3243,8 +3241,7 @@ private:
         if (end != string::npos) { error = parse_response(c.app_head.substr(0, end + 1), r); }
         if (error) {
             abandon(slot);
-            refuse(c, {500, "the application sent " + error.text});
-            return settle(c);
+            return end_response(c, false, {500, "the application sent " + error.text});
         }
         if (!r.dropped.empty()) {
             log_about(c, Level::Warning, "Dropped what the application may not set: " + r.dropped);
@@ -3402,10 +3399,6 @@ private:
     /// successor serves; or kKillDelay, where another runner has yet to leave. (The log says so in
     /// gunicorn's words for a dead worker; murder_workers() does, too.)
     void hung_app(Slot& slot) {
-        if (stalled(slot)) {  // the client is slow, not the application
-            slot.deadline = patience(now_);
-            return;
-        }
         Runner& runner = *slot.runner;
         Connection* c = slot.current();
         slot.turns.front().client = nullptr;
@@ -3451,23 +3444,21 @@ private:
         gone.splice(gone.begin(), runners_, found);
         if (WIFSIGNALED(status)) { ::kill(-runner.pid, SIGKILL); }
         if (runner.busy()) { failures_ = 0; }  // it has ended over a request
-        const auto each_client = [&runner](auto action) {
-            for (const Slot& slot : runner.slots) {
-                for (const Turn& turn : slot.turns) {
-                    if (turn.client != nullptr) { action(*turn.client); }
-                }
-            }
-        };
+        std::vector<Connection*> clients;
         string lines;
-        each_client([&](const Connection& c) {
-            (lines += lines.empty() ? ": " : ", ") += escape(c.parser.request_line);
-        });
+        for (const Slot& slot : runner.slots) {
+            for (const Turn& turn : slot.turns) {
+                if (turn.client == nullptr) { continue; }
+                clients.push_back(turn.client);
+                (lines += lines.empty() ? ": " : ", ") += escape(turn.request);
+            }
+        }
         const bool ours = WIFSIGNALED(status) && runner.signal != 0;
         if ((has_work() && !retired) || (status != 0 && runner.signal == 0)) {
             log(Level::Error,
                 runner.name() + exit_text(status) + (ours ? ", sent by this server" : "") + lines);
         }
-        each_client([&](Connection& c) { end_response(c, false, {502, "the runner died"}); });
+        for (Connection* c : clients) { end_response(*c, false, {502, "the runner died"}); }
         if (has_work() && !retired) { runner_failed(status); }
     }
 
