@@ -2272,7 +2272,7 @@ struct Connection : Passport {
     int64_t left = -1;                           // of the response's Content-Length; -1: none
     int64_t body_bytes = 0;                      // of the response, so far
     size_t head_counted = 0, reply_counted = 0;  // in Worker::head_memory_, reply_memory_
-    bool chunked = false, too_long = false;      // the response is; has more than it announced
+    bool chunked = false;                        // the response is
     bool complete = false, broken = false;       // no more will come; it must end visibly cut
 
     /// As a datagram of the ready queue: passport, netstrings, body. Of a head that is not complete
@@ -2475,8 +2475,6 @@ private:
     void empty_backlog() {
         for (; stop_ != Stop::No && !listeners_.empty(); listeners_.pop_back(), closed_ = 0) {
             for (accept_again_ = now_; closed_ < config_.backlog; ++closed_) {
-                const bool full = connected_ >= config_.worker_connections;
-                while (full && !ready_.empty() && enqueue(*ready_.front())) {}  // makes room
                 if (!accept_client(listeners_.back())) { break; }
             }
             if (accept_again_ > now_) { return; }  // no room, for now
@@ -3227,12 +3225,7 @@ private:
     /// A piece of the response. The application's head is checked before anything is sent.
     void take_reply(Slot& slot, string_view piece) {
         Connection& c = *slot.current();
-        if (c.response.status != 0) {
-            reply_body(c, piece);
-            if (!c.bodyless && !c.too_long) { return; }
-            slot.gone = true;  // the client has all that it may have
-            return end_reply(slot, true);
-        }
+        if (c.response.status != 0) { return reply_body(slot, c, piece); }
         c.app_head += piece;
         const size_t end = c.app_head.find("\n\n");
         if (end == string::npos && c.app_head.size() <= kMaxHead) { return; }
@@ -3252,28 +3245,30 @@ private:
         c.head = final_head(r, c.minor, c.chunked);
         c.out.append(c.head, kReplyMemory);
         set_state(c, State::Reply);
-        reply_body(c, string_view(c.app_head).substr(end + 2));
-        release(c.app_head);  // with the start of the body it may be large
+        const string start = std::move(c.app_head);
+        reply_body(slot, c, string_view(start).substr(end + 2));
     }
 
     /// A piece of the body, as far as its Content-Length allows, chunked if need be.
-    void reply_body(Connection& c, string_view piece) {
-        if (c.bodyless) { return; }
-        if (c.left >= 0) {
-            const string_view fits =
-                piece.substr(0, static_cast<size_t>(std::min<int64_t>(c.left, INT_MAX)));
-            c.left -= static_cast<int64_t>(fits.size());
-            if (fits.size() < piece.size() && !std::exchange(c.too_long, true)) {
-                log_about(c, Level::Error, "The response is longer than its Content-Length");
-            }
-            piece = fits;
+    void reply_body(Slot& slot, Connection& c, string_view piece) {
+        const int64_t most = c.bodyless ? 0 : c.left >= 0 ? c.left : INT64_MAX;
+        const string_view fits =
+            piece.substr(0, static_cast<size_t>(std::min<int64_t>(most, INT_MAX)));
+        if (c.left >= 0) { c.left -= static_cast<int64_t>(fits.size()); }
+        c.body_bytes += static_cast<int64_t>(fits.size());
+        if (c.chunked && !fits.empty()) {
+            char size[20];
+            std::snprintf(size, sizeof size, "%zx\r\n", fits.size());
+            send_or_keep(c, {size, fits, "\r\n"});
+        } else {
+            send_or_keep(c, {fits});
         }
-        if (piece.empty()) { return; }
-        c.body_bytes += static_cast<int64_t>(piece.size());
-        if (!c.chunked) { return send_or_keep(c, {piece}); }
-        char size[20];
-        std::snprintf(size, sizeof size, "%zx\r\n", piece.size());
-        send_or_keep(c, {size, piece, "\r\n"});
+        if (fits.size() == piece.size()) { return; }
+        if (!c.bodyless) {
+            log_about(c, Level::Error, "The response is longer than its Content-Length");
+        }
+        slot.gone = true;  // the client has all that it may have
+        end_reply(slot, true);
     }
 
     /// What is large goes from the buffer to the client, as far as that takes it, behind what is
@@ -3365,7 +3360,7 @@ private:
         }
         tell_log(runner);
         if (--runner.left == 0) { next_tick_ = now_; }  // its successor is due
-        look_ = slot.ahead_limit == 0 || ++served_ % 8 == 0 || !ready_.empty() || look_;
+        look_ = slot.ahead_limit == 0 || slot.index == 0 || !ready_.empty() || look_;
     }
 
     /// A pipe is of no use any more: the runner has to go, if need be by SIGKILL. What runs in its
@@ -3537,7 +3532,7 @@ private:
     std::list<Connection*> ready_;                         // complete, waiting here for a runner
     int connected_ = 0, status_ = 0, max_fd_ = 0;
     int failures_ = 0, unready_ = 0;  // runners that ended in a row: without a request; not ready
-    size_t next_listener_ = 0, served_ = 0;  // the listener to begin with; requests
+    size_t next_listener_ = 0;        // the one to begin with
     Stop stop_ = Stop::No;
     bool booted_ = false, spinner_ = false;
     bool logs_access_ = true;  // the last line of the access log was written
