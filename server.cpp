@@ -2936,12 +2936,11 @@ private:
             ::setsockopt(c.socket.get(), SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
             return set_state(c, State::Done);
         }
-        if (c.eof) { return set_state(c, State::Done); }
         char byte;
         ::shutdown(c.socket.get(), SHUT_WR);
         c.more = c.more || ::recv(c.socket.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0;
         c.started = now_;
-        set_state(c, c.more ? State::Linger : State::Done);
+        set_state(c, c.more && !c.eof ? State::Linger : State::Done);
     }
 
     /// A reset or a failed write: nobody is there to be answered.
@@ -2950,8 +2949,7 @@ private:
         each_slot([&](Slot& slot) {
             const auto mine = [&c](const Turn& turn) { return turn.client == &c; };
             if (slot.current() == &c) { return abandon(slot); }
-            if (find(slot.turns, mine)) { take_back(slot); }
-            if (Turn* turn = find(slot.turns, mine)) { turn->client = nullptr; }  // it has begun
+            if (Turn* turn = find(slot.turns, mine)) { turn->client = nullptr; }
         });
         set_state(c, State::Done);
     }
@@ -3514,8 +3512,7 @@ private:
         }
         runner.slots[0].deadline = patience(now_);
         feed_runner(runner.slots[0]);
-        const int jitter = config_.max_requests_jitter;
-        const int extra = jitter > 0 ? static_cast<int>(::random() % (jitter + 1L)) : 0;
+        const auto extra = ::random() % (int64_t{config_.max_requests_jitter} + 1);
         if (config_.max_requests > 0) { runner.left = int64_t{config_.max_requests} + extra; }
         return {};
     }
