@@ -2503,6 +2503,7 @@ private:
         each_slot([&](Slot& slot) {
             if (is_set(slot.full, writes)) { feed_runner(slot); }
             if (is_set(slot.from, reads)) { read_runner(slot); }
+            if (now_ >= take_back_at(slot)) { take_back(slot); }
         });
         look_ = look_ || is_set(queue_.second, reads) || now_ >= next_tick_;
         for (int fd = 0; fd <= max_fd_; ++fd) {
@@ -2516,9 +2517,6 @@ private:
         bool called = false;
         for (const Listener& each : listeners_) { called = called || is_set(each.fd, reads); }
         if (called && !has_idle_slot()) { accept_clients(); }
-        each_slot([this](Slot& slot) {
-            if (now_ >= take_back_at(slot)) { take_back(slot); }
-        });
         run_requests();
         if (called && last_accept_ < woken) { came_too_late(woken); }
         pass_on();
@@ -3300,7 +3298,6 @@ private:
             old.phase = Phase::Retired;
         }
         runner.phase = Phase::Serving;
-        unready_ = 0;
         tell_log(runner);
         if (!std::exchange(booted_, true)) { notify(); }
         look_ = true;
@@ -3310,7 +3307,7 @@ private:
     void end_turn(Slot& slot, bool good) {
         if (slot.runner->phase == Phase::Booting) { return runner_ready(*slot.runner); }
         slot.answered = true;
-        failures_ = 0;
+        if (slot.runner->left > 0) { failures_ = 0; }  // else these are its successors'
         const auto took = std::max<Clock::duration>(now_ - slot.since, 1us);
         slot.ahead_limit = std::min(slot.pipes.size() - 1, static_cast<size_t>(kAhead / took));
         end_reply(slot, good);
@@ -3459,13 +3456,11 @@ private:
     /// them with a request, which is what a client can bring about. The first of all ends the
     /// worker instead.
     void runner_failed(int status) {
-        restart_at_ = now_ + backoff(++unready_);
         const auto serves = [](const Runner& each) { return each.phase == Phase::Serving; };
-        if (find(runners_, serves)) { return; }
+        const seconds delay = backoff(failures_ + (find(runners_, serves) ? 1 : 0));
         const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
         const bool none_ran = code == kWorkerBootError || code >= 126;  // of sh: 126 …
         if (!booted_) { status_ = none_ran ? kWorkerBootError : kAppLoadError; }
-        const seconds delay = backoff(failures_);
         if (++failures_ > 1) {
             log(Level::Warning, "The next runner starts in " + to_string(delay.count()) + " s");
         }
@@ -3528,8 +3523,8 @@ private:
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
     std::list<Connection*> ready_;                         // complete, waiting here for a runner
     int connected_ = 0, status_ = 0, max_fd_ = 0;
-    int failures_ = 0, unready_ = 0;  // runners that ended in a row: without a request; not ready
-    size_t next_listener_ = 0;        // the one to begin with
+    int failures_ = 0;          // runners that ended in a row without a request
+    size_t next_listener_ = 0;  // the one to begin with
     Stop stop_ = Stop::No;
     bool booted_ = false, spinner_ = false;
     bool logs_access_ = true;  // the last line of the access log was written
