@@ -2122,10 +2122,6 @@ struct Runner {
     bool busy() const {
         return find(slots, [](const Slot& slot) { return slot.busy(); }) != nullptr;
     }
-
-    void close_requests() {
-        for (Slot& slot : slots) { slot.close_requests(); }
-    }
 };
 
 /// Makes the pipes of a slot; to `ends` go the runner's, those of requests and one of replies.
@@ -2999,9 +2995,9 @@ private:
     /// Sends on who waits here for a runner. A head too large for a datagram stays, behind the
     /// others, and waits for the runner of this worker.
     void pass_on() {
-        for (size_t tries = ready_.size(); tries > 0 && now_ >= pass_at(); --tries) {
-            if (enqueue(*ready_.front()) || errno != EMSGSIZE) { continue; }
-            ready_.splice(ready_.end(), ready_, ready_.begin());
+        while (now_ >= pass_at()) {  // not after a failure
+            const bool bulky = !enqueue(*ready_.front()) && errno == EMSGSIZE;
+            if (bulky) { ready_.splice(ready_.end(), ready_, ready_.begin()); }
         }
     }
 
@@ -3409,7 +3405,7 @@ private:
     void dismiss(Runner& runner) {
         const bool booting = runner.phase == Phase::Booting, now = stop_ == Stop::Now;
         kill_runner_after(runner, booting ? 0ms : now ? kKillDelay / 2 : config_.graceful_timeout);
-        runner.close_requests();
+        for (Slot& slot : runner.slots) { slot.close_requests(); }
         runner.phase = Phase::Retired;
     }
 
