@@ -3024,9 +3024,9 @@ private:
     }
 
     /// Takes one connection from the queue; false if there is none, or no room for it. A worker
-    /// that leaves alone, or makes way for a new one, leaves the queue to the others.
+    /// that leaves at once, alone, or to make way for a new one, leaves the queue to the others.
     bool dequeue() {
-        if (stop_ == Stop::Leave) { return false; }
+        if (stop_ == Stop::Leave || stop_ == Stop::Now) { return false; }
         // One more than the limit: a descriptor that finds no room is lost with its request.
         if (connected_ > config_.worker_connections && !shed()) { return false; }
         int fds[2] = {-1, -1};
