@@ -3470,16 +3470,14 @@ private:
         if (runners_.empty()) { return; }
         Runner& runner = runners_.back();  // the newest
         Strings names = config_.reload_extra_files;
-        string list;
-        for (ssize_t n = 1; n > 0;) {
-            n = ::pread(runner.files.get(), buffer_, kPiece, static_cast<off_t>(list.size()));
-            list.append(buffer_, static_cast<size_t>(std::max<ssize_t>(n, 0)));
-        }
-        string_view rest = list, name;
-        while (!rest.empty()) { name = cut(rest, '\0'), names.emplace_back(name); }
+        struct stat info = {};
+        ::fstat(runner.files.get(), &info);
+        string list(static_cast<size_t>(info.st_size), '\0');
+        (void)!::pread(runner.files.get(), list.data(), list.size(), 0);
+        string_view rest = list;
+        while (!rest.empty()) { names.emplace_back(cut(rest, '\0')); }
         string changed;
         for (size_t i = 0; i < names.size(); ++i) {
-            struct stat info = {};
             if (i == runner.watched.size()) { runner.watched.emplace_back(rest); }  // ""
             if (::stat(names[i].c_str(), &info) < 0) { continue; }  // an editor replaces it
             const int64_t modified = nanoseconds(info.st_mtim);
