@@ -81,7 +81,7 @@ namespace {
 //  select loop most failures are one connection's everyday result. Deadlines come from the
 //  steady clock alone; the wall clock is for people.
 // ============================================================================
-using std::string, std::string_view;
+using std::string, std::string_view, std::to_string;
 using std::chrono::microseconds, std::chrono::seconds;
 using namespace std::chrono_literals;
 using Clock = std::chrono::steady_clock;
@@ -100,14 +100,6 @@ struct Error {
 
 /// What errno says of `what`, as a start-up error.
 Error os_error(const string& what) { return {1, what + ": " + std::strerror(errno)}; }
-
-/// With std::to_string() the program would be half a KiB larger.
-template <typename Integer>
-string to_string(Integer number) {
-    char text[24];
-    std::snprintf(text, sizeof text, "%jd", static_cast<intmax_t>(number));
-    return text;
-}
 
 /// Owns one descriptor. close() is never retried: after EINTR the number may be another's.
 class Fd {
