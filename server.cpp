@@ -2972,10 +2972,12 @@ private:
     /// Sends a connection, with all that is known of it, to whichever worker takes it from the
     /// queue. False: it stays here.
     bool enqueue(Connection& c) {
-        string message = c.pack();
+        const size_t head = c.env.size() + c.taken.size() + c.in.size();
+        string message = head > kMaxMessage ? string() : c.pack();  // it could not be sent
+        const size_t size = std::max(head, message.size());
         const int socket = c.socket.get(), file = c.body.file().get();
         int fds[] = {socket, file < 0 ? socket : file};  // always two; one may be a mere copy
-        if (exchange_message(queue_.first, true, message.data(), message.size(), fds) < 0) {
+        if (exchange_message(queue_.first, true, message.data(), size, fds) < 0) {
             queue_again_ = now_ + 10ms;
             return false;
         }
@@ -3230,7 +3232,7 @@ private:
         c.out.append(c.head, kReplyMemory);
         set_state(c, State::Reply);
         const string start = std::move(c.app_head);
-        reply_body(slot, c, string_view(start).substr(end + 2));
+        if (!c.bodyless) { reply_body(slot, c, string_view(start).substr(end + 2)); }
     }
 
     /// A piece of the body, as far as its Content-Length allows, chunked if need be.
@@ -3421,7 +3423,7 @@ private:
         std::list<Runner> gone;
         gone.splice(gone.begin(), runners_, found);
         if (WIFSIGNALED(status)) { ::kill(-runner.pid, SIGKILL); }
-        if (runner.busy()) { failures_ = 0; }  // it has ended over a request
+        if (runner.busy() || runner.left <= 0) { failures_ = 0; }  // it has served until now
         std::vector<Connection*> clients;
         string lines;
         for (const Slot& slot : runner.slots) {

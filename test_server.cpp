@@ -5610,7 +5610,8 @@ TEST_CASE("starts of a runner back off while they bring none that takes a reques
 
 TEST_CASE("successors of a runner back off while none loads, and the old one serves on") {
     const Server server(kTools, {"-w", "1", "--max-requests", "2"});
-    write_file(server.dir.path + "/app.py", "broken = [");
+    const string path = server.dir.path + "/app.py", good = read_file(path);
+    write_file(path, "broken = [");
     const auto failed = [&](size_t n) {
         return wait_for([&] {
             CHECK(get(server, "/hello").body == "hello");
@@ -5621,6 +5622,37 @@ TEST_CASE("successors of a runner back off while none loads, and the old one ser
     const Time start = Clock::now();
     CHECK(failed(3));
     CHECK(seconds_since(start) > 2.5);
+    write_file(path, good);
+    const Time now = Clock::now();  // 4 s before the next would start; but this one has served
+    REQUIRE(::kill(server.runners().at(0), SIGKILL) == 0);
+    CHECK(server.log_has(") was ended by signal 9"));
+    CHECK(get(server, "/hello").body == "hello");
+    CHECK(seconds_since(now) < 2.5);
+}
+
+TEST_CASE("an application that answers HEAD in two pieces is not cut off between them") {
+    const Server server(kTools + R"py(
+def writes(environ, start_response):
+    write = start_response("200 OK", [])
+    write(b"1")
+    time.sleep(0.05)
+    write(b"2")
+    mark("wrote")
+    return []
+
+def yields(environ, start_response):
+    start_response("200 OK", [])
+    yield b"1"
+    time.sleep(0.05)
+    yield b"2"
+    mark("yielded")
+)py",
+                        {"-w", "1"});
+    CHECK(request(server.port(), "HEAD /writes HTTP/1.1\r\nHost: x\r\n\r\n").status == 200);
+    CHECK(wait_file(server, "wrote"));
+    CHECK(request(server.port(), "HEAD /yields HTTP/1.1\r\nHost: x\r\n\r\n").status == 200);
+    CHECK(wait_file(server, "yielded"));
+    CHECK_FALSE(contains(server.log(), "Traceback"));
 }
 
 TEST_CASE(
