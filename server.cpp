@@ -1150,8 +1150,9 @@ Error check_pidfile(const Config& config) {
     if (alive && !config.check_config) {
         return {1, path + " names process " + to_string(pid) + ", which runs"};
     }
+    Fd probe;
     const string directory = path.substr(0, path.rfind('/') + 1) + ".";
-    return ::access(directory.c_str(), W_OK) < 0 ? os_error("cannot write " + path) : Error{};
+    return make_temp_file(directory, probe) ? os_error("cannot write " + path) : Error{};
 }
 
 /// Writes our number as a whole: nobody ever reads half of it.
@@ -2375,6 +2376,7 @@ private:
             ::unsetenv(name);  // what is between systemd, an old master and this server
         }
         for (const string& pair : config_.raw_env) { ::putenv(const_cast<char*>(pair.c_str())); }
+        ::tzset();  // or the time in the logs would depend on what was logged before
         if (Error error = drop_privileges(config_)) { return error; }
         ::srandom(static_cast<unsigned>(::getpid()));
         return boot_runner();
@@ -3700,21 +3702,16 @@ private:
         log(Level::Info, "Hang up: Master");
         const auto now = std::chrono::duration_cast<microseconds>(woken_.time_since_epoch());
         notify_systemd("RELOADING=1\nMONOTONIC_USEC=" + to_string(now.count()));
-        Error error = open_logs(config_);
+        paused_ = false;
         next_directory_ = Fd(::open(config_.chdir.c_str(), O_DIRECTORY | O_CLOEXEC));
-        if (!next_directory_) { error = os_error("cannot change to " + config_.chdir); }
-        if (error) { log(Level::Error, error.text); }
+        if (!next_directory_) {
+            log(Level::Error, os_error("cannot change to " + config_.chdir).text);
+        }
+        if (Error error = open_logs(config_)) { log(Level::Error, error.text); }
         for (WorkerInfo& worker : workers_) {
             if (worker.generation > generation_) { stop_worker(worker, SIGTERM); }
         }
-        if (std::exchange(paused_, false)) { return next_generation(); }  // there is none to keep
         spawn_worker(generation_ + 1);
-    }
-
-    /// From now on it is the one that serves, and where the directory's name leads is ours.
-    void next_generation() {
-        ++generation_, spawn_again_ = now_;
-        (void)!::fchdir(next_directory_.get());
     }
 
     /// Looks at the heartbeat files: who lives, is ready, wants a reload. A canary that is ready
@@ -3735,7 +3732,9 @@ private:
             const string count = to_string(config_.workers);
             notify_systemd("READY=1\nSTATUS=" + count + " workers");
             if (config_.check_config) { halt(SIGUSR2); }
-            if (worker.generation > generation_) { next_generation(); }
+            if (worker.generation <= generation_) { continue; }
+            generation_ = worker.generation, spawn_again_ = now_;
+            if (next_directory_) { directory_ = std::move(next_directory_); }
         }
     }
 
@@ -3782,7 +3781,8 @@ private:
             return halt(SIGQUIT);
         }
         if (worker.generation > generation_) {
-            notify_systemd("READY=1");
+            const auto booted = [](const WorkerInfo& each) { return each.booted; };
+            if (find(workers_, booted)) { notify_systemd("READY=1"); }
             return log(Level::Error, "Reload failed: the old workers go on");
         }
         if (worker.generation < 0 || now_ < spawn_again_) { return; }  // one of several counts
@@ -3830,6 +3830,7 @@ private:
         const pid_t pid = error ? -1 : ::fork();
         if (pid == 0) {
             workers_.clear();
+            (void)!::fchdir(directory_.get());  // there is one after a reload
             if (generation > generation_) { (void)!::fchdir(next_directory_.get()); }
             Worker* worker = new Worker(config_, listeners_, queue_, tmp, arbiter);
             ::_exit(worker->run());
@@ -3852,8 +3853,8 @@ private:
     Pair queue_;
     std::vector<WorkerInfo> workers_;  // the oldest first
     pid_t reexec_pid_ = 0;             // another master, our child
-    int generation_ = 0;               // the one that serves, whose directory is ours, too
-    Fd next_directory_;                // of the canary
+    int generation_ = 0;               // the one that serves
+    Fd directory_, next_directory_;    // its own, and the next one's, once there was a reload
     int failures_ = 0, status_ = 0;
     bool stopping_ = false, ever_booted_ = false;
     bool paused_ = false;                                               // by WINCH: no workers
@@ -3909,13 +3910,17 @@ Error apply(Config& config) {
         config.worker_tmp_dir = make_temp_file("/dev/shm", probe) ? temp_dir() : "/dev/shm";
     }
     config.worker_tmp_dir = absolute(config.chdir, config.worker_tmp_dir);
-    for (const string& dir : {config.worker_tmp_dir, temp_dir()}) {
+    string spool_dir = temp_dir();
+    for (const string& pair : config.raw_env) {  // as the workers will have it
+        if (pair.find("TMPDIR=/") == 0) { spool_dir = pair.substr(7); }
+    }
+    for (const string& dir : {config.worker_tmp_dir, spool_dir}) {
         if (Error error = make_temp_file(dir, probe)) { return error; }
     }
     if (Error error = resolve_user(config)) { return error; }
     if (Error error = check_pidfile(config)) { return error; }
     if (config.errorlog.empty()) { config.errorlog = "-"; }
-    for (string* path : {&config.errorlog, &config.accesslog, &config.pidfile}) {
+    for (string* path : {&config.errorlog, &config.accesslog}) {  // for whoever opens them again
         if (!path->empty() && *path != "-") { *path = absolute(config.chdir, *path); }
     }
     if (Error error = open_logs(config)) { return error; }
