@@ -7030,6 +7030,8 @@ def app(environ, start_response):
     Client third(server);
     third.send("GET / HTTP/1.1\r\n\r\n");
     const pid_t worker = server.workers()[0];
+    const string title = "/proc/" + to_string(worker) + "/cmdline";
+    REQUIRE(wait_for([&] { return contains(read_file(title), " idle"); }));  // has both responses
     const long before = cpu_ticks(worker), second_of_ticks = ::sysconf(_SC_CLK_TCK);
     CHECK_FALSE(third.readable(1s));
     CHECK(cpu_ticks(worker) - before < second_of_ticks / 4);
