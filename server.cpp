@@ -2522,11 +2522,11 @@ private:
 
     /// What ps tells of this process while it sleeps; query strings are nobody's business.
     void show_title() {
-        string title = "idle ";
+        string_view title = "idle ";
         each_slot([&](const Slot& slot) {
             if (slot.busy()) { title = slot.turns.front().request; }
         });
-        title.resize(std::min(title.find('?'), title.rfind(' ')));
+        title = title.substr(0, std::min(title.find('?'), title.rfind(' ')));
         if (booted_ && title != shown_) { set_title(config_, "worker", shown_ = title); }
     }
 
@@ -3214,12 +3214,16 @@ private:
     void take_reply(Slot& slot, string_view piece) {
         Connection& c = *slot.current();
         if (c.response.status != 0) { return reply_body(slot, c, piece); }
-        c.app_head += piece;
-        const size_t end = c.app_head.find("\n\n");
-        if (end == string::npos && c.app_head.size() <= kMaxHead) { return; }
+        string joined = std::move(c.app_head);  // what came before, or nothing
+        const string_view all = joined.empty() ? piece : joined += piece;
+        const size_t end = all.find("\n\n");
+        if (end == string::npos && all.size() <= kMaxHead) {
+            c.app_head = joined.empty() ? string(piece) : std::move(joined);
+            return;
+        }
         Response& r = c.response;
         Error error{500, "a head without end"};
-        if (end != string::npos) { error = parse_response(c.app_head.substr(0, end + 1), r); }
+        if (end != string::npos) { error = parse_response(all.substr(0, end + 1), r); }
         if (error) {
             abandon(slot);
             return end_response(c, false, {500, "the application sent " + error.text});
@@ -3233,8 +3237,7 @@ private:
         c.head = final_head(r, c.minor, c.chunked);
         c.out.append(c.head, kReplyMemory);
         set_state(c, State::Reply);
-        const string start = std::move(c.app_head);
-        if (!c.bodyless) { reply_body(slot, c, string_view(start).substr(end + 2)); }
+        if (!c.bodyless) { reply_body(slot, c, all.substr(end + 2)); }
     }
 
     /// A piece of the body, as far as its Content-Length allows, chunked if need be.
