@@ -1,6 +1,6 @@
 # make          build ./server
 # make test     build and run all tests (also: make check)
-# make asan     the same tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make asan     the unit tests, and the server in all others, under the sanitizers
 # make coverage how much of server.cpp the tests run; the lines they do not: .ci/coverage -v
 # make bench    this server beside the peers that are installed (wrk makes the load)
 # make install  to $(DESTDIR)$(PREFIX)/bin; make uninstall removes it
@@ -40,8 +40,9 @@ server-asan: server.cpp
 test_server-asan: test_server.cpp server.cpp
 	$(TESTS) $(SANITIZE) $(LDFLAGS) -o $@ test_server.cpp $(LDLIBS)
 
-asan: server-asan test_server-asan
-	SERVER=./server-asan ./test_server-asan $(ARGS)
+asan: server-asan test_server-asan test_server
+	./test_server-asan -ts=unit
+	SERVER=./server-asan ./test_server $(ARGS)
 
 coverage:
 	.ci/coverage

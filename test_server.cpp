@@ -1,6 +1,6 @@
 // test_server.cpp: unit tests of the pure parts of server.cpp, and end-to-end tests of ./server.
 //
-//   make test                        everything
+//   make test                        everything, in the shares of main()
 //   ./test_server -tc='*reload*'     what matches
 //   ./test_server -ts=http           a part: grep TEST_SUITE_BEGIN test_server.cpp
 //
@@ -8931,7 +8931,7 @@ TEST_CASE("USR2 starts a new master beside the old: either may stop, and the oth
     write_file(server.dir.path + "/app.py", "no python\n");
     server.signal(SIGUSR2);
     CHECK(wait_for([&] { return count(server.log(), "The new master (pid:") == 2; }));
-    CHECK(wait_for([&] { return server.workers() == workers; }));
+    CHECK_MESSAGE(wait_for([&] { return server.workers() == workers; }), server.log());
     CHECK(exists(path));
     serves();
 
@@ -9331,7 +9331,7 @@ TEST_CASE("reloads, upgrades, more and fewer workers, and a killed one, under lo
          [&] {
              const pid_t heir = heir_of(server);
              REQUIRE(server.wait_ready_workers(2));
-             REQUIRE(server.ready_workers(heir) == 2);
+             REQUIRE(wait_for([&] { return server.ready_workers(heir) == 2; }));
              ::kill(master, SIGTERM);
              master = heir;
          }},
@@ -10557,6 +10557,32 @@ TEST_SUITE_END();
 
 }  // namespace test
 
+/// Shares of the tests that run at a time, since most of them wait most of the time: a filter of
+/// doctest, and the suites.
+constexpr const char* kShares[][2] = {{"test-suite", "operations"},
+                                      {"test-suite", "processes,lesson"},
+                                      {"test-suite-exclude", "operations,processes,lesson"}};
+
+/// Prints what each share has printed, once it has ended; 0 if all of them passed.
+int wait_for_shares(const pid_t* pids, std::FILE* const* outputs, size_t shares) {
+    int failed = 0;
+    for (size_t left = shares; left > 0;) {
+        int status = 1;
+        const pid_t pid = ::wait(&status);
+        const size_t share = static_cast<size_t>(std::find(pids, pids + shares, pid) - pids);
+        if (share == shares) { continue; }  // an orphan
+        --left;
+        if (status != 0) { failed = 1; }
+        if (outputs[share] == nullptr) { continue; }
+        std::rewind(outputs[share]);
+        for (int c; (c = std::getc(outputs[share])) != EOF;) { std::putchar(c); }
+        std::printf("--%s=%s %s\n\n", kShares[share][0], kShares[share][1],
+                    exit_text(status).c_str());
+        std::fflush(stdout);
+    }
+    return failed;
+}
+
 int main(int argc, char** argv) {
     // As a plain shell starts a program, whatever started this one.
     for (int fd = 3; fd < 1024; ++fd) { ::close(fd); }
@@ -10570,17 +10596,27 @@ int main(int argc, char** argv) {
                              "PS_FORMAT", "CDPATH", "http_proxy", "all_proxy", "ALL_PROXY"}) {
         ::unsetenv(name);
     }
+    const size_t shares = argc == 1 ? std::size(kShares) : 1;
+    std::FILE* outputs[std::size(kShares)] = {};
+    pid_t pids[std::size(kShares)] = {};
     // What ends as an orphan is waited for, though process 1 of this container may wait for nobody.
     ::prctl(PR_SET_CHILD_SUBREAPER, 1);
-    const pid_t tests = ::fork();
-    if (tests > 0) {
-        int status = 0;
-        while (::wait(&status) != tests) {}
-        return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
+    size_t share = 0;
+    for (; share < shares; ++share) {
+        outputs[share] = shares > 1 ? std::tmpfile() : nullptr;
+        if ((pids[share] = ::fork()) == 0) { break; }
     }
+    if (share == shares) { return wait_for_shares(pids, outputs, shares); }
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
     ::signal(SIGPIPE, SIG_IGN);
     doctest::Context context(argc, argv);
+    if (shares > 1) {
+        for (const int fd : {STDOUT_FILENO, STDERR_FILENO}) {
+            ::dup2(::fileno(outputs[share]), fd);
+        }
+        for (size_t i = 0; i <= share; ++i) { std::fclose(outputs[i]); }
+        context.addFilter(kShares[share][0], kShares[share][1]);
+    }
     return context.run();
 }
 
