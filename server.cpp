@@ -2101,14 +2101,14 @@ struct Runner {
     Phase phase = Phase::Booting;
     pid_t pid = -1;
     std::vector<Slot> slots;
-    bool new_log = false;        // it has to be told where the error log is
-    Time kill_at = Time::max();  // when end_runner() is due, for one that should be gone
-    int signal = 0;              // the last signal that we sent it
-    bool dead = false;           // it has ended; what it still said is being read
-    int64_t left = INT64_MAX;    // requests until its successor is started
-    Fd files;                    // with --reload: the list of the files that it has loaded,
-    Strings watched;             // and when these were modified
-    int64_t started = 0;         // before it loaded any, on the clock of files
+    bool new_log = false;          // it has to be told where the error log is
+    Time kill_at = Time::max();    // when end_runner() is due, for one that should be gone
+    int signal = 0;                // the last signal that we sent it
+    bool dead = false;             // it has ended; what it still said is being read
+    int64_t left = INT64_MAX;      // requests until its successor is started
+    Fd files;                      // with --reload: the list of the files that it has loaded
+    std::vector<int64_t> watched;  // when these were modified
+    int64_t started = 0;           // before it loaded any, on the clock of files
 
     string name() const { return "Runner (pid:" + to_string(pid) + ") "; }  // for logs
 
@@ -3475,15 +3475,15 @@ private:
         (void)!::pread(runner.files.get(), list.data(), list.size(), 0);
         string_view rest = list;
         while (!rest.empty()) { names.emplace_back(cut(rest, '\0')); }
+        runner.watched.resize(names.size());
         string changed;
         for (size_t i = 0; i < names.size(); ++i) {
-            if (i == runner.watched.size()) { runner.watched.emplace_back(rest); }  // ""
             if (::stat(names[i].c_str(), &info) < 0) { continue; }  // an editor replaces it
             const int64_t modified = nanoseconds(info.st_mtim);
-            const string before = std::exchange(runner.watched[i], to_string(modified));
+            const int64_t before = std::exchange(runner.watched[i], modified);
             const bool future = info.st_mtim.tv_sec > std::time(nullptr);
-            const bool other = before.empty() ? modified > runner.started && !future
-                                              : before != to_string(modified);
+            const bool other = before == 0 ? modified > runner.started && !future  // new to us
+                                           : modified != before;
             if (other) { changed = names[i]; }
         }
         if (changed.empty()) { return; }
