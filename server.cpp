@@ -3648,23 +3648,24 @@ private:
         if (reexec_pid_ > 0 || has_old_master()) {
             return log(Level::Warning, "No upgrade: one goes on already");
         }
+        const pid_t master = ::getpid();
         block_signals(true);
         const pid_t pid = ::fork();
-        if (pid == 0) { reexec(); }
+        if (pid == 0) { reexec(master); }
         block_signals(false);
         if (pid < 0) { return log(Level::Error, os_error("cannot fork").text); }
         reexec_pid_ = pid;
     }
 
     /// In the forked child: sockets stay where they are, all else is as it was at the start.
-    [[noreturn]] void reexec() {
+    [[noreturn]] void reexec(pid_t master) {
         string sockets;
         for (const Listener& each : listeners_) {
             ::fcntl(each.fd.get(), F_SETFD, 0);
             sockets += to_string(each.fd.get()) + ":" + to_string(each.inode) + ":";
         }
         ::setenv("SERVER_SOCKETS", sockets.c_str(), 1);
-        ::setenv("SERVER_UPGRADE", to_string(::getppid()).c_str(), 1);
+        ::setenv("SERVER_UPGRADE", to_string(master).c_str(), 1);  // who may have gone already
         (void)!::chdir(config_.directory.c_str());
         exec_program(config_, config_.argv);
     }

@@ -156,6 +156,7 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, size_t size) {
 
 #include <dirent.h>
 #include <poll.h>
+#include <sys/ptrace.h>
 #include <termios.h>
 
 #include <functional>
@@ -9007,6 +9008,31 @@ TEST_CASE("USR2 and TERM at once: the new master takes over") {
     }
     REQUIRE(heirs.size() == 1);
     CHECK(ends_by_term(heirs[0]));
+}
+
+TEST_CASE("a new master that runs for the first time when the old one has gone is an heir, too") {
+    Server server(kHello, {"-w", "1"});
+    if (::ptrace(PTRACE_SEIZE, server.pid, nullptr, PTRACE_O_TRACEFORK) < 0) {
+        MESSAGE("not run: processes may not be traced");
+        return;
+    }
+    server.signal(SIGUSR2);
+    int status = 0;
+    while (::waitpid(server.pid, &status, 0) == server.pid && status >> 16 != PTRACE_EVENT_FORK) {
+        REQUIRE(WIFSTOPPED(status));
+        ::ptrace(PTRACE_CONT, server.pid, nullptr, WSTOPSIG(status));  // with the signal
+    }
+    unsigned long heir = 0;
+    REQUIRE(::ptrace(PTRACE_GETEVENTMSG, server.pid, nullptr, &heir) == 0);
+    const pid_t pid = static_cast<pid_t>(heir);
+    REQUIRE(::waitpid(pid, &status, __WALL) == pid);  // it stands before its first instruction
+    ::ptrace(PTRACE_DETACH, server.pid, nullptr, nullptr);
+    server.signal(SIGTERM);
+    CHECK(server.wait_end());
+    ::ptrace(PTRACE_DETACH, pid, nullptr, nullptr);
+    CHECK(server.log_has("Master has been promoted."));
+    CHECK(wait_for([&] { return get(server, "/", 1s).body == "hello\n"; }));
+    CHECK(ends_by_term(pid));
 }
 
 TEST_CASE(
