@@ -3217,10 +3217,7 @@ private:
         string joined = std::move(c.app_head);  // what came before, or nothing
         const string_view all = joined.empty() ? piece : joined += piece;
         const size_t end = all.find("\n\n");
-        if (end == string::npos && all.size() <= kMaxHead) {
-            c.app_head = joined.empty() ? string(piece) : std::move(joined);
-            return;
-        }
+        if (end == string::npos && all.size() <= kMaxHead) { return void(c.app_head = all); }
         Response& r = c.response;
         Error error{500, "a head without end"};
         if (end != string::npos) { error = parse_response(all.substr(0, end + 1), r); }
@@ -3648,9 +3645,8 @@ private:
         if (reexec_pid_ > 0 || has_old_master()) {
             return log(Level::Warning, "No upgrade: one goes on already");
         }
-        const pid_t master = ::getpid();
         block_signals(true);
-        const pid_t pid = ::fork();
+        const pid_t master = ::getpid(), pid = ::fork();
         if (pid == 0) { reexec(master); }
         block_signals(false);
         if (pid < 0) { return log(Level::Error, os_error("cannot fork").text); }
@@ -3829,9 +3825,8 @@ private:
         Fd tmp;
         Error error = make_temp_file(config_.worker_tmp_dir, tmp);
         if (!error && !give_away(config_, tmp)) { error = os_error("cannot chown a file"); }
-        const pid_t arbiter = ::getpid();
         block_signals(true);
-        const pid_t pid = error ? -1 : ::fork();
+        const pid_t arbiter = ::getpid(), pid = error ? -1 : ::fork();
         if (pid == 0) {
             workers_.clear();
             (void)!::fchdir(directory_.get());  // there is one after a reload
