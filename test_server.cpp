@@ -9020,10 +9020,13 @@ TEST_CASE("a new master that runs for the first time when the old one has gone i
     }
     server.signal(SIGUSR2);
     int status = 0;
-    while (::waitpid(server.pid, &status, 0) == server.pid && status >> 16 != PTRACE_EVENT_FORK) {
-        REQUIRE(WIFSTOPPED(status));
+    const auto forks = [&] {
+        if (::waitpid(server.pid, &status, WNOHANG) != server.pid) { return false; }
+        if (status >> 16 == PTRACE_EVENT_FORK) { return true; }
         ::ptrace(PTRACE_CONT, server.pid, nullptr, WSTOPSIG(status));  // with the signal
-    }
+        return false;
+    };
+    REQUIRE(wait_for(forks));
     unsigned long heir = 0;
     REQUIRE(::ptrace(PTRACE_GETEVENTMSG, server.pid, nullptr, &heir) == 0);
     const pid_t pid = static_cast<pid_t>(heir);
