@@ -2242,6 +2242,7 @@ struct Passport {
     int minor = 0;                     // HTTP/1.minor
     bool bodyless = false;             // HEAD, 204, 304: the response has no body
     bool more = false, eof = false;    // the client sent more than its request; half-closed
+    bool closes = false;               // it has said that it sends no more
     bool awaits_proxy = false;         // a PROXY header may come first
     bool silent = true;  // nothing else has come: a proxy looks whether somebody is there
 };
@@ -2855,6 +2856,7 @@ private:
         const Request request = std::move(c.parser.request);  // its memory goes when we have env
         c.minor = request.minor;
         c.bodyless = request.method == "HEAD";
+        c.closes = same_name(lookup(request.fields, "HTTP_CONNECTION"), "close");
         c.env = make_environ(request, c.ends, https ? "https" : "http");
         if (g_log.level == Level::Debug) { log(Level::Debug, escape(c.parser.request_line)); }
         release(c.taken);
@@ -2916,7 +2918,7 @@ private:
 
     /// All has been sent. A close with bytes unread would reset the connection, and might take the
     /// response with it: then half-close, and read on (RFC 9112 section 9.6). The half-close comes
-    /// first in any case, for with kMore the last bytes leave only then.
+    /// before the look for such bytes, for with kMore the last of the response leave only then.
     void finish(Connection& c) {
         write_access(c);
         if (c.broken && !c.chunked && c.left < 0 && !c.bodyless) {
@@ -2924,6 +2926,7 @@ private:
             ::setsockopt(c.socket.get(), SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
             return set_state(c, State::Done);
         }
+        if (c.closes && !c.more) { return set_state(c, State::Done); }
         char byte;
         ::shutdown(c.socket.get(), SHUT_WR);
         c.more = c.more || ::recv(c.socket.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0;

@@ -3356,7 +3356,7 @@ def app(environ, start_response):
     return [b"got %d" % len(body)]
 )py";
 
-TEST_CASE("EOF is a half-close, a reset is a client that has gone") {
+TEST_CASE("EOF is a half-close, a reset is a client that has gone, more is read and dropped") {
     Server server(kWaiting, {"-w", "1"});
     Client half(server);
     half.send(sized("POST /half", "abc"));
@@ -3368,6 +3368,18 @@ TEST_CASE("EOF is a half-close, a reset is a client that has gone") {
     CHECK(reply.status == 200);
     CHECK(reply.body == "got 3");
     CHECK(reply.whole);
+
+    ::unlink((server.dir.path + "/go").c_str());
+    Client liar(server);  // it sends what it said it would not, but while the application runs
+    liar.send(http("GET /more", "Connection: close\r\n"));
+    REQUIRE(server.log_has("app runs /more"));
+    liar.send(http("GET /second"));
+    CHECK_FALSE(liar.readable(50ms));
+    write_file(server.dir.path + "/go", "");
+    const Reply told(liar.read_all());
+    CHECK(told.status == 200);
+    CHECK(told.whole);
+    CHECK_FALSE(liar.was_reset);
 
     ::unlink((server.dir.path + "/go").c_str());
     Client gone(server);
@@ -3394,7 +3406,7 @@ TEST_CASE("EOF is a half-close, a reset is a client that has gone") {
     Client(server).reset();  // who sent nothing has no line
     CHECK(get(server).status == 200);
     CHECK(count(server.log(), "app runs") == runs + 1);
-    CHECK(wait_for([&] { return count(server.access(), "\n") == early.size() + 4; }));
+    CHECK(wait_for([&] { return count(server.access(), "\n") == early.size() + 5; }));
 }
 
 TEST_CASE("pipelined bytes are read and dropped") {
