@@ -966,8 +966,9 @@ void address_text(const sockaddr_storage& address, string& host, string& port) {
     const auto& v6 = reinterpret_cast<const sockaddr_in6&>(address);
     const bool is_v6 = address.ss_family == AF_INET6;
     if (!is_v6 && address.ss_family != AF_INET) { return; }
-    const void* number = is_v6 ? static_cast<const void*>(&v6.sin6_addr) : &v4.sin_addr;
-    host = ::inet_ntop(address.ss_family, number, text, sizeof text);
+    host = is_v6 ? ::inet_ntop(AF_INET6, &v6.sin6_addr, text, sizeof text) : "";
+    const auto octets = reinterpret_cast<const unsigned char*>(&v4.sin_addr);
+    for (int i = 0; !is_v6 && i < 4; ++i) { (host += i > 0 ? "." : "") += to_string(octets[i]); }
     if (is_v6 && IN6_IS_ADDR_V4MAPPED(&v6.sin6_addr)) { host.erase(0, std::strlen("::ffff:")); }
     port = to_string(ntohs(is_v6 ? v6.sin6_port : v4.sin_port));
 }
@@ -1292,13 +1293,13 @@ bool percent_decode(string_view text, string& out) {
 bool is_host(string_view text) {
     const size_t end = std::min(text.find(':', text.rfind(']') + 1), text.size());
     if (text.find_first_not_of("0123456789", end + 1) != string::npos) { return false; }
-    const string name(text.substr(0, end));
+    const string_view name = text.substr(0, end);
     for (size_t i = 0; i < end; ++i) {
         if (name[i] == '%' && percent_byte(name, i) < 0) { return false; }
     }
     in6_addr v6;
     const bool literal = end > 1 && name.front() == '[' && name.back() == ']';
-    return literal ? ::inet_pton(AF_INET6, name.substr(1, end - 2).c_str(), &v6) == 1
+    return literal ? ::inet_pton(AF_INET6, string(name.substr(1, end - 2)).c_str(), &v6) == 1
                    : is_made_of(name, "%-._~!$&'()*+,;=");
 }
 
@@ -1315,7 +1316,7 @@ bool split_field(string_view line, string_view& name, string_view& value) {
 enum class Parse { NeedMore, Head, Data, Done, Bad };
 
 /// What proxies say of a client that came by https; any other value: it did not.
-constexpr const char* kSecure[][2] = {
+constexpr string_view kSecure[][2] = {
     {"x-forwarded-proto", "https"}, {"x-forwarded-protocol", "ssl"}, {"x-forwarded-ssl", "on"}};
 
 /// Reads one request, line by line, and its body by its framing.
@@ -1401,6 +1402,7 @@ private:
         Request& r = request;
         r.method = cut(line, ' ');
         r.target = cut(line, ' ');
+        r.fields.reserve(512);
         const size_t lower_case = r.method.find_first_of("abcdefghijklmnopqrstuvwxyz");
         if (r.method.size() < 3 || r.method.size() > 20 || lower_case != string::npos ||
             !is_token(r.method)) {
@@ -1451,7 +1453,7 @@ private:
         string_view name, value;
         if (++at.fields > config_.limit_request_fields) { return {431, "too many header fields"}; }
         if (!split_field(line, name, value)) { return {400, "not a header field"}; }
-        const auto is = [&](const char* other) { return same_name(name, other); };
+        const auto is = [&](string_view other) { return same_name(name, other); };
         const bool is_length = is("content-length"), is_host_field = is("host");
         if (at.part == Part::Trailers) {
             const bool bad = is_length || is_host_field || is("transfer-encoding");
@@ -1625,7 +1627,7 @@ string make_environ(const Request& r, const Endpoints& ends, string_view scheme 
         if (server.empty()) { server = "localhost"; }  // PEP 3333: never empty
         if (port.empty()) { port = scheme == "https" ? "443" : "80"; }
     }
-    const std::pair<const char*, string_view> variables[] = {
+    const std::pair<string_view, string_view> variables[] = {
         {"REQUEST_METHOD", r.method},
         {"SCRIPT_NAME", prefix},
         {"PATH_INFO", path.substr(prefix.size())},
@@ -1659,7 +1661,7 @@ struct Response {
 
 /// Reads "Status: 200 OK\nName: value\n…" as a runner sends it. An error says what is wrong.
 Error parse_response(string_view head, Response& r) {
-    static constexpr const char* kHopByHop[] = {
+    static constexpr string_view kHopByHop[] = {
         "connection", "keep-alive", "proxy-authenticate", "proxy-authorization",
         "te",         "trailer",    "trailers",           "transfer-encoding",
         "upgrade"};
@@ -1676,7 +1678,7 @@ Error parse_response(string_view head, Response& r) {
         if (!split_field(line, name, value)) {
             return {500, "the header field '" + escape(line) + "'"};
         }
-        const auto is = [&name](const char* other) { return same_name(name, other); };
+        const auto is = [&name](string_view other) { return same_name(name, other); };
         if (is("content-length")) {
             const bool good = r.length < 0 && parse_number(value, r.length);
             if (!good) { return {500, "the Content-Length '" + escape(value) + "'"}; }
