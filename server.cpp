@@ -410,10 +410,8 @@ void wait_ready(int max_fd, fd_set& reads, fd_set& writes, Time until) {
     const int64_t left = std::chrono::ceil<microseconds>(until - Clock::now()).count();
     const int64_t us = std::clamp<int64_t>(left, 0, 3600'000'000);
     struct timeval timeout = {time_t(us / 1000000), suseconds_t(us % 1000000)};
-    if (::select(max_fd + 1, &reads, &writes, nullptr, &timeout) < 0) {
-        FD_ZERO(&reads);
-        FD_ZERO(&writes);
-    }
+    const int ready = ::select(max_fd + 1, &reads, &writes, nullptr, &timeout);
+    if (ready < 0) { reads = writes = fd_set{}; }
 }
 
 /// Whether something can be read, or a client waits to be accepted; if not yet, then by `until`.
@@ -1402,7 +1400,7 @@ private:
         Request& r = request;
         r.method = cut(line, ' ');
         r.target = cut(line, ' ');
-        r.fields.reserve(512);
+        r.fields.reserve(512), names_.reserve(16);
         const size_t lower_case = r.method.find_first_of("abcdefghijklmnopqrstuvwxyz");
         if (r.method.size() < 3 || r.method.size() > 20 || lower_case != string::npos ||
             !is_token(r.method)) {
@@ -1474,11 +1472,19 @@ private:
         if (is_host_field && !is_host(value)) { return {400, "not a host"}; }
         if (is_host_field && !r.host.empty()) { value = r.host; }  // that of the target counts
         const string key = environ_name(name);
-        const string_view known = lookup(r.fields, key);
-        if (known.data() == nullptr) { return add_variable(r.fields, key, value), Error{}; }
+        const size_t hash = std::hash<string>()(key), size = key.size() + 1;  // with its NUL
+        Name* known = find(names_, [&](const Name& each) {
+            return each.hash == hash &&
+                   string_view(r.fields).substr(each.at, size) == string_view(key.c_str(), size);
+        });
+        if (known == nullptr) {
+            names_.push_back({hash, r.fields.size()});
+            return add_variable(r.fields, key, value), Error{};
+        }
         if (is_host_field || is("content-type")) { return {400, "two of " + key}; }
-        const size_t end = static_cast<size_t>(known.end() - r.fields.data());
-        r.fields.insert(end, (is("cookie") ? "; " : ",") + string(value));
+        const string more = (is("cookie") ? "; " : ",") + string(value);
+        r.fields.insert(r.fields.find('\0', known->at + size), more);
+        while (++known <= &names_.back()) { known->at += more.size(); }
         return {};
     }
 
@@ -1529,6 +1535,10 @@ private:
 
     const Config& config_;
     size_t scanned_ = 0, head_size_ = 0;  // bytes without LF at the front; of the head so far
+    struct Name {
+        size_t hash, at;  // where it stands in request.fields, in which to look for it is slow
+    };
+    std::vector<Name> names_;
 };
 
 /// Whether a list of addresses and networks (10.0.0.0/8, ::1, *) holds an address. A client on a
@@ -2298,7 +2308,8 @@ struct Connection : Passport {
 
     /// Bytes of the head, which is kept twice until it is complete.
     size_t head_memory() const {
-        return in.capacity() + taken.capacity() + parser.request.fields.capacity() + env.capacity();
+        return in.capacity() + taken.capacity() + parser.request.fields.capacity() +
+               env.capacity() + 2 * sizeof(size_t) * static_cast<size_t>(parser.at.fields);
     }
 };
 

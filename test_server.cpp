@@ -782,6 +782,9 @@ TEST_CASE("header fields reach the environ as RFC 9112 and PEP 3333 say, or are 
         {"bytes above ASCII in a value", "A: \xe9\xff\x80\r\n", 0, "|HTTP_A=\xe9\xff\x80"},
         {"repeated fields are joined", "A: 1\r\nB: 2\r\na: 3\r\n", 0, "|HTTP_A=1,3|HTTP_B=2"},
         {"repeated empty fields are joined", "A:\r\nA:\r\nA: 1\r\n", 0, "|HTTP_A=,,1"},
+        {"each where it stands",
+         "A: 1\r\nBB: 2\r\nC:\r\nb: 3\r\nbb: 4\r\na: 5\r\nc: 6\r\nBb: 7\r\nA: 8\r\n", 0,
+         "|HTTP_A=1,5,8|HTTP_BB=2,4,7|HTTP_C=,6|HTTP_B=3"},
         {"cookies are joined with ;", "Cookie: a=1\r\ncookie: b=2\r\n", 0, "|HTTP_COOKIE=a=1; b=2"},
         {"Content-Type without HTTP_", "Content-Type: text/plain\r\n", 0,
          "|CONTENT_TYPE=text/plain"},
@@ -7708,6 +7711,21 @@ TEST_CASE("a worker without a descriptor for one more client lets one go, or els
     open_gate(server);
     CHECK(Reply(running.read_all()).body == "through");
     CHECK(Reply(waiting.read_all()).body == "hello");
+}
+
+TEST_CASE("a head of 32768 fields does not keep a worker from its heartbeat") {
+    const Server server(kProbe, {"-w", "1", "-t", "2", "--limit-request-fields", "0"});
+    string fields;  // with the Host of http()
+    for (int i = 1; i < 32766; ++i) { fields += "x-" + to_string(i) + ": y\r\n"; }
+    fields += "X-1: z\r\n";
+    const Reply full(request(server.port(), http("GET /full", fields + "X-32765: z\r\n")));
+    CHECK(full.status == 200);
+    CHECK(has_line(full.body, "HTTP_X_1=y,z"));
+    CHECK(has_line(full.body, "HTTP_X_2=y"));
+    CHECK(has_line(full.body, "HTTP_X_32765=y,z"));
+    const string more = fields + "A: b\r\nC: d\r\n";
+    CHECK(request(server.port(), http("GET /more", more)).status == 431);
+    CHECK(count(server.log(), "WORKER TIMEOUT") == 0);
 }
 
 TEST_CASE("floods cost bounded time, no descriptor, no memory, and no processor time afterwards") {
