@@ -3385,6 +3385,20 @@ TEST_CASE("EOF is a half-close, a reset is a client that has gone, more is read 
     CHECK_FALSE(liar.was_reset);
 
     ::unlink((server.dir.path + "/go").c_str());
+    Client free(server);  // it has promised nothing, and the worker has both at once before it
+    free.send(http("GET /free"));
+    REQUIRE(server.log_has("app runs /free"));
+    REQUIRE(::kill(server.workers().at(0), SIGSTOP) == 0);
+    free.send(http("GET /second"));
+    write_file(server.dir.path + "/go", "");
+    CHECK_FALSE(free.readable(100ms));
+    REQUIRE(::kill(server.workers().at(0), SIGCONT) == 0);
+    const Reply answer(free.read_all());
+    CHECK(answer.status == 200);
+    CHECK(answer.whole);
+    CHECK_FALSE(free.was_reset);
+
+    ::unlink((server.dir.path + "/go").c_str());
     Client gone(server);
     gone.send(http("GET /gone"));
     REQUIRE(server.log_has("app runs /gone"));
@@ -3409,7 +3423,7 @@ TEST_CASE("EOF is a half-close, a reset is a client that has gone, more is read 
     Client(server).reset();  // who sent nothing has no line
     CHECK(get(server).status == 200);
     CHECK(count(server.log(), "app runs") == runs + 1);
-    CHECK(wait_for([&] { return count(server.access(), "\n") == early.size() + 5; }));
+    CHECK(wait_for([&] { return count(server.access(), "\n") == early.size() + 6; }));
 }
 
 TEST_CASE("pipelined bytes are read and dropped") {
