@@ -90,6 +90,7 @@ using Strings = std::vector<string>;
 
 constexpr const char* kVersion = "0.1.0";
 constexpr int kWorkerBootError = 3, kAppLoadError = 4;  // exit statuses with gunicorn's meanings
+constexpr size_t kMaxShown = 8192;                      // bytes of one value in a log
 constexpr size_t kPiece = 65536;  // bytes moved by one read, and what a frame may hold in memory
 
 struct Error {
@@ -295,14 +296,16 @@ int64_t nanoseconds(const struct timespec& t) {
     return int64_t{t.tv_sec} * 1'000'000'000 + t.tv_nsec;
 }
 
-/// Makes bytes of a client harmless in a log: controls, quotes, backslashes and all but ASCII.
+/// Makes bytes of a client harmless in a log: controls, quotes, backslashes and all but ASCII; and
+/// no more of them than kMaxShown.
 string escape(string_view text) {
+    static constexpr char kHex[] = "0123456789abcdef";
     string out;
-    for (const char c : text) {
-        char code[5] = {'\\', c};
+    for (const char c : text.substr(0, kMaxShown)) {
+        const unsigned byte = static_cast<unsigned char>(c);
         const bool plain = c >= ' ' && c < 0x7f;
-        if (!plain) { std::snprintf(code, sizeof code, "\\x%02x", static_cast<unsigned char>(c)); }
-        out += plain && c != '"' && c != '\\' ? code + 1 : code;
+        if (!plain || c == '"' || c == '\\') { out += '\\'; }
+        plain ? out += c : ((out += 'x') += kHex[byte / 16]) += kHex[byte % 16];
     }
     return out;
 }
@@ -1353,7 +1356,7 @@ public:
             string_view line = in.substr(0, end);
             const bool crlf = !line.empty() && line.back() == '\r', head = at.part <= Part::Fields;
             if (crlf) { line.remove_suffix(1); }
-            if (at.part == Part::RequestLine) { request_line = line.substr(0, kMaxChunkLine); }
+            if (at.part == Part::RequestLine) { request_line = line.substr(0, kMaxShown); }
             error = check_size(line.size());
             scanned_ = end == string::npos ? in.size() : 0;
             if (!error && end == string::npos) { return Parse::NeedMore; }
@@ -1775,19 +1778,17 @@ from _signal import *  # of signal itself the enums would take time
 
 class Gone(SystemExit): "The worker has gone, or wants no more."
 
-def forgiving(write):
-    def attempt(text):
-        try: return write(text)
-        except OSError: return len(text)  # a full disk is not the application's to answer for
+def forgiving(method):
+    def attempt(*text):  # a full disk is not the application's to answer for
+        try: return method(*text)
+        except OSError: return len(text[-1]) if text else None
     return attempt
 
 class Body(io.RawIOBase):
     """What of a request's body has not come with its head; inert once the request is over."""
     readable = lambda self: True  # what io.BufferedReader asks
-
     def __init__(self, response):
         self.response, self.size = response, response.slot.left
-
     def readinto(self, buffer):
         with self.response.lock:
             slot = self.response.slot
@@ -1813,7 +1814,7 @@ class Response:
             if not isinstance(name, str) or not isinstance(value, str):
                 raise TypeError("not a str in the status or the headers: %r" % ((name, value),))
             if ":" in name: raise ValueError("a colon in the header name %r" % name)
-            head += name + ": " + value + "\n"
+            head += f"{name}: {value}\n"
         if head.count("\n") != len(fields):
             raise ValueError("a line break in the status or the headers: %r" % head)
         self.head = head.encode("latin-1") + b"\n"
@@ -1913,15 +1914,15 @@ class Slot:
         items, parts, mark = None, [], b"0:,"
         try:
             items = self.app(environ, response.start_response)
-            rest = items if isinstance(items, (list, tuple)) else []  # all is there: one write
+            rest = items if type(items) in (list, tuple) else []  # all is there: one write
             for item in items if items is not rest else []:
                 with response.lock:
                     if self.client_gone(): break
                     if item != b"": self.write(response.frame([item]))
-            with response.lock: parts, response.slot = response.frame(rest), None
-            if hasattr(items, "close"):  # for which the client need not wait
-                self.end(response, parts, b"0:;")
-                parts = []
+            with response.lock:
+                parts = response.frame(rest)
+                if not hasattr(items, "close"): response.slot = None
+                else: parts = self.write([*parts, b"0:;"]) or []  # the client need not wait for it
         except Gone: raise
         except self.failures:
             report()
@@ -1936,7 +1937,6 @@ class file_wrapper:
     def __init__(self, filelike, blksize=8192):  # smaller blocks cost time; a pipe's must not wait
         self.blksize = max(blksize, 65536 * getattr(filelike, "seekable", bool)())
         self.filelike, self.close = filelike, getattr(filelike, "close", lambda: None)
-
     def __iter__(self):
         return iter(lambda: self.filelike.read(self.blksize) or b"", b"")
 
@@ -1952,10 +1952,12 @@ def list_files(list_fd, told, names=()):
     except OSError: report()
 
 def report():
+    text = repr(sys.exc_info()[1]) + "\n"
     try:
-        import traceback  # which takes its time, and is hardly ever wanted
-        os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
-    except Exception: pass  # a full disk, no descriptor
+        import traceback  # which takes its time, is hardly ever wanted, and needs a descriptor
+        text = traceback.format_exc()
+    except Exception: pass
+    forgiving(os.write)(2, text.encode("utf-8", "backslashreplace"))
 
 def reopen(path):
     """Moves what is printed to the new error log."""
@@ -1966,7 +1968,9 @@ def reopen(path):
 
 def main(name, paths, software, several, files, threads, *fds):
     faulthandler.enable()  # SIGABRT, and crashes, print the stack of every thread
-    for file in sys.stdout, sys.stderr: file.write = forgiving(file.write)
+    for file in sys.stdout, sys.stderr:  # -u would write parts of lines, among those of others
+        file.reconfigure(line_buffering=True, write_through=False)
+        file.write, file.flush = forgiving(file.write), forgiving(file.flush)
     most = os.sysconf("SC_OPEN_MAX")
     high = min(1020 - len(fds), most // 2, most - 2 * len(fds))  # where select() sees them
     def raise_fd(fd):
@@ -1979,7 +1983,7 @@ def main(name, paths, software, several, files, threads, *fds):
         with open(os.devnull, "r+b", 0) as null:
             for fd in pipes: os.dup2(null.fileno(), fd, False)
     pipes = [raise_fd(fd) for fd in fds]
-    stay, masks, thread = lambda *_: None, {}, _thread.get_ident
+    stay, masks, thread, names = lambda *_: None, {}, _thread.get_ident, []
     def block(): masks[thread()] = pthread_sigmask(SIG_BLOCK, [SIGTERM])
     def unblock(): pthread_sigmask(SIG_SETMASK, masks.pop(thread()))
     signal(SIGTERM, stay), siginterrupt(SIGTERM, False)  # to all of a service: the server ends us
@@ -1988,7 +1992,6 @@ def main(name, paths, software, several, files, threads, *fds):
         os.register_at_fork(after_in_child=hook)
     sys.path[:sys.path[0] == ""] = [os.getcwd()]  # "" would follow os.chdir()
     sys.path[:0] = [os.path.abspath(path) for path in paths.split(",") if path]
-    names = []
     try:  # MODULE, MODULE:OBJ.ATTR or MODULE:FACTORY(...), as in gunicorn
         path, _, target = name.partition(":")
         module = importlib.import_module(path)
@@ -2831,8 +2834,8 @@ private:
         if (parsed == Parse::Bad) { return refuse(c, c.parser.error); }
         if (c.state == State::ReadHead) { c.taken += fresh.substr(0, fresh.size() - in.size()); }
         c.in = string(in);
-        if (c.state == State::ReadHead && c.head_memory() > kPiece &&
-            head_memory_ > kWorkerMemory) {
+        const size_t held = c.state == State::ReadHead ? c.head_memory() : c.in.size();
+        if (held > kPiece && head_memory_ > kWorkerMemory) {
             return refuse(c, {503, "no memory for so large a head"});
         }
         if (too_large(c.body.size())) { return refuse(c, {413, "the body is too large"}); }
@@ -3280,7 +3283,6 @@ private:
     /// end of read_runner(): up to kReplyMemory a client and kWorkerMemory in all in memory, then
     /// in a file.
     void send_or_keep(Connection& c, std::initializer_list<string_view> parts) {
-        const size_t limit = reply_memory_ < kWorkerMemory ? kReplyMemory : 0;
         size_t all = static_cast<size_t>(c.out.size()), gone = 0;
         for (const string_view part : parts) { all += part.size(); }
         const string_view kept = all >= kPiece / 4 ? c.out.front() : string_view();
@@ -3290,6 +3292,8 @@ private:
             c.out.pop(std::min(gone, kept.size()));
             gone -= std::min(gone, kept.size());
         }
+        const size_t older = c.out.memory() - c.out.newest().size();
+        const size_t limit = reply_memory_ < kWorkerMemory ? kReplyMemory : older + kPiece / 16;
         for (const string_view part : parts) {
             const size_t here = std::min(gone, part.size());
             gone -= here;

@@ -2050,6 +2050,7 @@ TEST_CASE("escape makes every byte of a client harmless in a log") {
         }
     }
     CHECK(escape("") == "");
+    CHECK(escape(string(9000, 'x')) == string(8192, 'x'));  // one value is no whole log
     CHECK(escape("a\x1b[31m\"b\"\r\n") == "a\\x1b[31m\\\"b\\\"\\x0d\\x0a");
 }
 
@@ -3785,6 +3786,90 @@ out = )";
     }
     CHECK(answer(server, "start('200 OK', [])").status == 200);
     CHECK(count(server.log(), "Error handling request") == 0);
+}
+
+TEST_CASE("strings and lists of classes of their own are what they look like") {
+    const Server server(kScripted, {"-w", "1"});
+    const Reply reply = answer(server, R"(
+class Markup(str):  # as in markupsafe: what it is added to is escaped
+    def __add__(self, other): return Markup(str.__add__(self, other.replace("<", "&lt;")))
+    def __radd__(self, other): return Markup(other.replace("<", "&lt;") + str(self))
+class Lazy(list):
+    def __iter__(self): return made
+made = iter([b"made ", b"late"])
+start(Markup("200 OK"), [("Link", "</a>"), (Markup("X-User"), Markup("<b>")), ("X-Last", "</c>")])
+out = Lazy())");
+    CHECK(reply.status == 200);
+    CHECK(field(reply, "link") == "</a>");
+    CHECK(field(reply, "x-user") == "<b>");
+    CHECK(field(reply, "x-last") == "</c>");
+    CHECK(reply.body == "made late");
+}
+
+TEST_CASE("close() may read the body, whatever its size; the client has its response by then") {
+    const Server server(kScripted, {"-w", "1"});
+    const string closing = R"(
+class Reads(list):
+    def close(self):
+        for _ in range(1000):
+            if os.path.exists("go"): break
+            time.sleep(0.01)
+        print("close() read", len(environ["wsgi.input"].read()))
+        write(b"too late")
+write = start("200 OK", [])
+out = Reads([b"abc"]))";
+    for (const size_t size : {size_t{10}, size_t{70000}, size_t{3000000}}) {
+        CAPTURE(size);
+        ::unlink((server.dir.path + "/go").c_str());
+        const Reply reply =
+            request(server.port(), scripted(closing, "POST / HTTP/1.1", string(size, 'x')));
+        CHECK(reply.status == 200);
+        CHECK(reply.whole);
+        CHECK(reply.body == "abc");
+        write_file(server.dir.path + "/go", "");
+        CHECK(server.log_has("close() read " + to_string(size) + "\n"));
+        CHECK(answer(server, "start('200 OK', []); out = [b'next']").body == "next");
+    }
+}
+
+TEST_CASE("lines that applications of several workers print are not torn") {
+    const Server server(R"py(
+import sys
+
+def app(environ, start_response):
+    for i in range(100):
+        print("line", i, "of", environ["QUERY_STRING"], "ends", file=(sys.stdout, sys.stderr)[i % 2])
+    sys.stdout.write("no end")
+    sys.stdout.flush()
+    start_response("200 OK", [])
+    return [b"done"]
+)py",
+                        {"-w", "3"});
+    vector<Client> clients;
+    for (int i = 0; i < 60; ++i) {
+        clients.emplace_back(server).send(http("GET /?" + to_string(i)));
+    }
+    for (Client& client : clients) { CHECK(Reply(client.read_all()).body == "done"); }
+    string log = server.log();
+    for (size_t at; (at = log.find("no end")) != string::npos;) { log.erase(at, 6); }
+    size_t whole = 0;
+    std::istringstream lines(log);
+    for (string line; std::getline(lines, line);) {
+        whole += line.find("line ") == 0 && line.rfind(" ends") == line.size() - 5 &&
+                         count(line, "ends") == 1
+                     ? 1
+                     : 0;
+    }
+    CHECK(whole == 6000);
+}
+
+TEST_CASE("an application without a descriptor left has its error in the log all the same") {
+    const Server server(kScripted, {"-w", "1"});
+    const Reply reply = answer(server, R"(
+taken = []
+while True: taken.append(os.open("/dev/null", os.O_RDONLY)))",
+                               "too many open files");
+    CHECK(reply.status == 500);
 }
 
 TEST_CASE("file_wrapper delivers what read() would, from where the file stands") {
@@ -6294,9 +6379,10 @@ const string kSystemApp = kTools + R"py(
 import multiprocessing
 
 def outputs(environ, start_response):
-    print("of python", end="")
-    print("of stderr", end="", file=sys.stderr)
-    environ["wsgi.errors"].write("of wsgi.errors")
+    print("of", "python")  # a line, or what is flushed, is there at once
+    print("of stderr", end="", file=sys.stderr, flush=True)
+    environ["wsgi.errors"].write("of wsgi")
+    environ["wsgi.errors"].write(".errors\n")
     os.write(1, b"of a descriptor")
     os.system("echo of a child")
     return gate(environ, start_response)
@@ -6444,7 +6530,7 @@ TEST_CASE("in the application signals, children, threads and files are as in pla
     Client client(server);
     client.send(get_bytes("/outputs"));
     for (const char* text :
-         {"of python", "of stderr", "of wsgi.errors", "of a descriptor", "of a child"}) {
+         {"of python\n", "of stderr", "of wsgi.errors\n", "of a descriptor", "of a child"}) {
         CAPTURE(text);
         CHECK(server.log_has(text));
     }
@@ -7473,7 +7559,12 @@ long resident(const Server& server) {
 }
 
 TEST_CASE("what many slow clients have not taken is in files, but for 16 MiB and a piece each") {
-    const Server server(kTools + kHold, {"-w", "1"});
+    const Server server(kTools + kHold + R"py(
+def drops(environ, start_response):
+    start_response("200 OK", [])
+    return (b"x" for _ in range(50000))
+)py",
+                        {"-w", "1"});
     CHECK(answered(server, 20) == 20);
     const long before = resident(server);
     Client::receive_buffer = 4096;
@@ -7487,6 +7578,15 @@ TEST_CASE("what many slow clients have not taken is in files, but for 16 MiB and
     CHECK(wait_for([&] { return answered(server, 1) == 1; }));  // the application has made them all
     const long pieces = 200 * 64, slack = 12 * 1024;
     if (!is_sanitized()) { CHECK(resident(server) - before < 16 * 1024 + pieces + slack); }
+    const auto writes = [&] {  // of the worker
+        const string io = read_file("/proc/" + to_string(server.workers().at(0)) + "/io");
+        return std::atol(io.c_str() + io.find("syscw:") + 6);
+    };
+    const long so_far = writes();  // who is quick pays no file for each little piece
+    const Reply drops(request(server.port(), get_bytes("/drops"), 30s));
+    CHECK(drops.whole);
+    CHECK(drops.body.size() == 50000);
+    CHECK(writes() - so_far < 5000);
 }
 
 TEST_CASE("many large heads are bounded as a whole; one is served, and so is who has a small one") {
@@ -7518,6 +7618,29 @@ TEST_CASE("many large heads are bounded as a whole; one is served, and so is who
     Client last(server);  // what is free again is for others
     last.send(head + "\r\n");
     CHECK(Reply(last.read_all()).status == 200);
+}
+
+TEST_CASE("so are trailer lines that do not end") {
+    const Server server(kTools, {"-w", "1", "--limit-request-field_size", "1048576"});
+    CHECK(get(server, "/hello").status == 200);
+    const long before = resident(server);
+    vector<Client> clients;
+    for (int i = 0; i < 100; ++i) {
+        clients.emplace_back(server).send(
+            "POST /hello HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nA: " +
+            string(1000000, 'x'));
+    }
+    CHECK(wait_for([&] { return unread(server.port()) == 0; }));
+    if (!is_sanitized()) { CHECK(resident(server) - before < 48 * 1024); }
+    size_t served = 0, refused = 0;
+    for (Client& client : clients) {
+        client.send("\r\n\r\n");
+        const int status = Reply(client.read_all()).status;
+        served += status == 200 ? 1 : 0;
+        refused += status == 503 ? 1 : 0;
+    }
+    CHECK(served >= 5);
+    CHECK(served + refused == 100);
 }
 
 TEST_CASE("memory stays flat for bodies and responses of 300 MB, whoever is slow") {
