@@ -3025,7 +3025,8 @@ private:
     }
 
     /// What runners want comes from the queue first: it has waited longer than what waits here. So
-    /// does what needs none: requests that are not complete, and those that have waited too long.
+    /// does what needs none: requests that are not complete, and those that have waited too long;
+    /// but to a worker that may never serve, for they would be lost with it.
     void take_from_queue() {
         const auto own = static_cast<std::ptrdiff_t>(ready_.size());
         size_t wanted = places();
@@ -3034,7 +3035,9 @@ private:
             return ::recv(queue_.second.get(), &next, sizeof next, MSG_PEEK | MSG_DONTWAIT) > 0 &&
                    (next.state != State::Ready || now_ >= due(next));
         };
-        while ((wanted > 0 || needs_none()) && dequeue()) { wanted -= wanted > 0 ? 1 : 0; }
+        while ((wanted > 0 || (booted_ && needs_none())) && dequeue()) {
+            wanted -= wanted > 0 ? 1 : 0;
+        }
         ready_.splice(ready_.end(), ready_, ready_.begin(), std::next(ready_.begin(), own));
     }
 
@@ -3753,7 +3756,7 @@ private:
             notify_systemd("READY=1\nSTATUS=" + count + " workers");
             if (config_.check_config) { halt(SIGUSR2); }
             if (worker.generation <= generation_) { continue; }
-            generation_ = worker.generation, spawn_again_ = now_;
+            generation_ = worker.generation, spawn_again_ = now_, failures_ = 0;
             if (next_directory_) { directory_ = std::move(next_directory_); }
         }
     }
@@ -3805,7 +3808,7 @@ private:
             if (find(workers_, booted)) { notify_systemd("READY=1"); }
             return log(Level::Error, "Reload failed: the old workers go on");
         }
-        if (worker.generation < 0 || now_ < spawn_again_) { return; }  // one of several counts
+        if (worker.generation < 0 || worker.spawned < spawn_again_) { return; }  // is counted
         failures_ = worker.booted && now_ > worker.spawned + 5s ? 0 : failures_ + 1;
         const seconds delay = backoff(failures_ - 1);
         if (delay > 0s) {

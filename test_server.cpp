@@ -5251,6 +5251,18 @@ TEST_CASE("workers that fail together count as one step of the back-off") {
     CHECK(get(server, "/hello").status == 200);
 }
 
+TEST_CASE("two workers that are lost together, once, have successors at once") {
+    Server server(kTools, {"-w", "2"});
+    REQUIRE(server.wait_ready_workers(2));
+    const vector<pid_t> before = server.workers();
+    freeze(server.pid);  // it hears of both in one moment
+    for (const pid_t pid : before) { ::kill(pid, SIGKILL); }
+    server.signal(SIGCONT);
+    CHECK(wait_for([&] { return all_new(server, before, 2); }));
+    CHECK(get(server, "/hello").status == 200);
+    CHECK_FALSE(contains(server.log(), "starts in "));
+}
+
 TEST_CASE("of too many workers those go first that are not ready") {
     Server server(kTools + R"py(
 if os.path.exists("slow"):
@@ -9484,6 +9496,10 @@ TEST_CASE("a reload that mends the application does not wait for the next attemp
     server.signal(SIGHUP);
     CHECK(wait_for([&] { return all_new(server, before, 2); }, 2s));
     CHECK(get(server).body == "hello\n");
+    const vector<pid_t> mended = server.workers();  // who pay for nothing that others did
+    ::kill(mended.at(0), SIGKILL);
+    CHECK(wait_for([&] { return server.ready_workers() == 2 && server.workers() != mended; }, 2s));
+    CHECK_FALSE(contains(server.log(), "starts in 8 s"));
 }
 
 TEST_CASE("a server that cannot start leaves no pid file and no socket") {
@@ -9695,6 +9711,37 @@ TEST_CASE("a worker takes over unfinished requests though its runner is busy") {
         CHECK(Reply(half.read_all()).body == "hello");
     }
     CHECK(wait_for([&] { return server.workers().size() == 1; }));
+}
+
+TEST_CASE("unfinished requests do not go to a worker that may never serve") {
+    Server server(kTools + R"py(
+if os.path.exists("broken"):
+    mark("importing")
+    wait("fail")
+    raise RuntimeError
+)py",
+                  {"-w", "2"});
+    REQUIRE(server.wait_ready_workers(2));
+    vector<Client> halves;
+    for (int i = 0; i < 8; ++i) {  // some to either worker
+        halves.emplace_back(server);
+        halves.back().send("GET /hel");
+    }
+    CHECK(wait_for([&] { return unread(server.port()) == 0; }));
+    const vector<pid_t> serving = server.workers();
+    write_file(server.dir.path + "/broken", "");
+    server.signal(SIGHUP);
+    REQUIRE(wait_file(server, "importing"));
+    ::kill(serving.at(1), SIGSTOP);
+    server.signal(SIGTTOU);  // the oldest leaves, to the other, which is frozen
+    CHECK(wait_for([&] { return !alive(serving.at(0)); }));
+    write_file(server.dir.path + "/fail", "");
+    CHECK(server.log_has("Reload failed"));
+    ::kill(serving.at(1), SIGCONT);
+    for (Client& half : halves) {
+        half.send("lo HTTP/1.1\r\n\r\n");
+        CHECK(Reply(half.read_all()).body == "hello");
+    }
 }
 
 TEST_CASE("with --reload a change of a file that the application has loaded is a reload") {
