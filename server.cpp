@@ -24,7 +24,7 @@
 //   INT, QUIT   stop within a second                         leave at once
 //   HUP         reload: new workers, then TERM to the old    ignored
 //   TTIN, TTOU  one worker more, one worker less             ignored
-//   WINCH       with --daemon: no workers until HUP          ignored
+//   WINCH       with --daemon: no workers until HUP          after USR2: as after TERM
 //   CHLD        reap_workers                                 reap_runners
 //
 // Contents: grep -E '^//  [0-9]|^    // --- ' server.cpp
@@ -1403,7 +1403,7 @@ private:
         Request& r = request;
         r.method = cut(line, ' ');
         r.target = cut(line, ' ');
-        r.fields.reserve(512), names_.reserve(16);
+        r.fields.reserve(512);
         const size_t lower_case = r.method.find_first_of("abcdefghijklmnopqrstuvwxyz");
         if (r.method.size() < 3 || r.method.size() > 20 || lower_case != string::npos ||
             !is_token(r.method)) {
@@ -2384,8 +2384,8 @@ private:
         log(Level::Info, "Booting worker with pid: " + to_string(::getpid()));
         set_title(config_, "worker");
         if (Error error = make_pipe(g_self_pipe, true)) { return error; }
-        set_signals({SIGHUP, SIGWINCH, SIGTTIN, SIGTTOU, SIGPIPE, SIGXFSZ}, SIG_IGN);
-        set_signals({SIGTERM, SIGUSR1, SIGUSR2, SIGINT, SIGQUIT, SIGCHLD}, on_signal);
+        set_signals({SIGHUP, SIGTTIN, SIGTTOU, SIGPIPE, SIGXFSZ}, SIG_IGN);
+        set_signals({SIGTERM, SIGUSR1, SIGUSR2, SIGINT, SIGQUIT, SIGWINCH, SIGCHLD}, on_signal);
         block_signals(false);
         for (const char* name :
              {"SERVER_UPGRADE", "SERVER_SOCKETS", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
@@ -2423,6 +2423,9 @@ private:
             if (number == SIGUSR1) { reopen_logs(); }
             if (number == SIGTERM) { stop(Stop::Leave); }
             if (number == SIGUSR2) { stop(Stop::Drain); }
+            if (number == SIGWINCH && config_.daemon && stop_ == Stop::Drain) {
+                stop_ = Stop::Leave, listeners_.clear();
+            }
             if (number == SIGINT || number == SIGQUIT) { stop(Stop::Now); }
         }
     }
@@ -3758,6 +3761,9 @@ private:
             if (worker.generation <= generation_) { continue; }
             generation_ = worker.generation, spawn_again_ = now_, failures_ = 0;
             if (next_directory_) { directory_ = std::move(next_directory_); }
+            for (const WorkerInfo& each : workers_) {  // the queue is for others now
+                if (each.generation < 0) { ::kill(each.pid, SIGWINCH); }
+            }
         }
     }
 

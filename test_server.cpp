@@ -9169,6 +9169,44 @@ TEST_CASE("a daemon upgrades to a daemon") {
     CHECK_FALSE(exists(pidfile));
 }
 
+TEST_CASE("workers that WINCH has stopped leave requests to those of a reload") {
+    const TempDir dir;
+    write_file(dir.path + "/app.py", kTools + R"py(
+def slow(environ, start_response):
+    mark("at_slow")
+    wait("slow_goes_on")
+    return reply(start_response, "slow")
+)py");
+    const string pidfile = dir.path + "/pid", log = dir.path + "/log", path = dir.path + "/s";
+    CHECK(run_to_end({"-D", "-p", pidfile, "--chdir", dir.path, "--error-logfile", log, "--python",
+                      "/usr/bin/python3", "-b", "unix:" + path, "-w", "1", "--graceful-timeout",
+                      "2", "app:app"})
+              .code == 0);
+    REQUIRE(wait_for([&] { return exists(pidfile) && exists(path); }));
+    const pid_t master = read_pidfile(pidfile);
+    const auto ask = [&path](const string& target) {
+        Client client(path);
+        client.send(get_bytes(target));
+        return client;
+    };
+    Client hanging = ask("/gate");  // until the old worker gives up
+    REQUIRE(wait_for([&] { return exists(dir.path + "/at_gate"); }));
+    ::kill(master, SIGWINCH);
+    REQUIRE(wait_for([&] { return contains(read_file(log), "signal: winch"); }));
+    ::kill(master, SIGHUP);
+    CHECK(Reply(ask("/hello").read_all()).body == "hello");
+    REQUIRE(wait_for([&] { return contains(read_file(log), "Worker exiting"); }));
+    Client slow = ask("/slow");
+    REQUIRE(wait_for([&] { return exists(dir.path + "/at_slow"); }));
+    vector<Client> waiting;  // in the queue, for the new worker
+    for (int i = 0; i < 5; ++i) { waiting.push_back(ask("/hello")); }
+    CHECK(Reply(hanging.read_all()).status == 503);
+    write_file(dir.path + "/slow_goes_on", "");
+    CHECK(Reply(slow.read_all()).body == "slow");
+    for (Client& each : waiting) { CHECK(Reply(each.read_all()).body == "hello"); }
+    CHECK(ends_by_term(master));
+}
+
 TEST_CASE("USR2 and TERM at once: the new master takes over") {
     Server server(kHello, {"-w", "1"});
     freeze(server.pid);
