@@ -7637,12 +7637,12 @@ TEST_CASE("so are trailer lines that do not end") {
     CHECK(get(server, "/hello").status == 200);
     const long before = resident(server);
     vector<Client> clients;
-    for (int i = 0; i < 100; ++i) {
+    for (int i = 0; i < 60; ++i) {
         clients.emplace_back(server).send(
             "POST /hello HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nA: " +
             string(1000000, 'x'));
     }
-    CHECK(wait_for([&] { return unread(server.port()) == 0; }));
+    CHECK(wait_for([&] { return unread(server.port()) == 0; }, 30s));
     if (!is_sanitized()) { CHECK(resident(server) - before < 48 * 1024); }
     size_t served = 0, refused = 0;
     for (Client& client : clients) {
@@ -7652,7 +7652,7 @@ TEST_CASE("so are trailer lines that do not end") {
         refused += status == 503 ? 1 : 0;
     }
     CHECK(served >= 5);
-    CHECK(served + refused == 100);
+    CHECK(served + refused == 60);
 }
 
 TEST_CASE("memory stays flat for bodies and responses of 300 MB, whoever is slow") {
