@@ -968,7 +968,7 @@ void address_text(const sockaddr_storage& address, string& host, string& port) {
     const bool is_v6 = address.ss_family == AF_INET6;
     if (!is_v6 && address.ss_family != AF_INET) { return; }
     host = is_v6 ? ::inet_ntop(AF_INET6, &v6.sin6_addr, text, sizeof text) : "";
-    const auto octets = reinterpret_cast<const unsigned char*>(&v4.sin_addr);
+    const auto octets = reinterpret_cast<const unsigned char*>(&v4.sin_addr);  // without sprintf()
     for (int i = 0; !is_v6 && i < 4; ++i) { (host += i > 0 ? "." : "") += to_string(octets[i]); }
     if (is_v6 && IN6_IS_ADDR_V4MAPPED(&v6.sin6_addr)) { host.erase(0, std::strlen("::ffff:")); }
     port = to_string(ntohs(is_v6 ? v6.sin6_port : v4.sin_port));
@@ -1249,8 +1249,12 @@ struct Request {
     string method, target, path, query, host;  // host: of an absolute target
     int minor = 0;                             // HTTP/1.minor, 0 or 1
     string fields;                             // an environ block; repeated ones are joined
-    string codings;                            // "chunked,": a comma behind each
-    int64_t length = -1;                       // Content-Length; -1: none
+    struct Name {
+        size_t hash, at;  // where it stands in `fields`, in which to look for it is slow
+    };
+    std::vector<Name> names;
+    string codings;       // "chunked,": a comma behind each
+    int64_t length = -1;  // Content-Length; -1: none
     bool expect_continue = false;
     int https = 0, http = 0;  // fields of proxies that say it was, or was not
 };
@@ -1476,18 +1480,18 @@ private:
         if (is_host_field && !r.host.empty()) { value = r.host; }  // that of the target counts
         const string key = environ_name(name);
         const size_t hash = std::hash<string>()(key), size = key.size() + 1;  // with its NUL
-        Name* known = find(names_, [&](const Name& each) {
+        Request::Name* known = find(r.names, [&](const Request::Name& each) {
             return each.hash == hash &&
                    string_view(r.fields).substr(each.at, size) == string_view(key.c_str(), size);
         });
         if (known == nullptr) {
-            names_.push_back({hash, r.fields.size()});
+            r.names.push_back({hash, r.fields.size()});
             return add_variable(r.fields, key, value), Error{};
         }
         if (is_host_field || is("content-type")) { return {400, "two of " + key}; }
         const string more = (is("cookie") ? "; " : ",") + string(value);
         r.fields.insert(r.fields.find('\0', known->at + size), more);
-        while (++known <= &names_.back()) { known->at += more.size(); }
+        while (++known <= &r.names.back()) { known->at += more.size(); }
         return {};
     }
 
@@ -1538,10 +1542,6 @@ private:
 
     const Config& config_;
     size_t scanned_ = 0, head_size_ = 0;  // bytes without LF at the front; of the head so far
-    struct Name {
-        size_t hash, at;  // where it stands in request.fields, in which to look for it is slow
-    };
-    std::vector<Name> names_;
 };
 
 /// Whether a list of addresses and networks (10.0.0.0/8, ::1, *) holds an address. A client on a
@@ -1787,8 +1787,10 @@ def forgiving(method):
 class Body(io.RawIOBase):
     """What of a request's body has not come with its head; inert once the request is over."""
     readable = lambda self: True  # what io.BufferedReader asks
+
     def __init__(self, response):
         self.response, self.size = response, response.slot.left
+
     def readinto(self, buffer):
         with self.response.lock:
             slot = self.response.slot
@@ -1904,12 +1906,6 @@ class Slot:
         self.pending, self.index = b"", (self.index + 1) % len(self.requests)
         if self.files: list_files(*self.files)
 
-    def end(self, response, parts, mark):  # then the worker fills the pipes again
-        with response.lock:
-            response.slot = None
-            while self.left: self.take(65536)
-        self.write(parts + [mark])
-
     def answer(self, environ, response):
         items, parts, mark = None, [], b"0:,"
         try:
@@ -1922,7 +1918,7 @@ class Slot:
             with response.lock:
                 parts = response.frame(rest)
                 if not hasattr(items, "close"): response.slot = None
-                else: parts = self.write([*parts, b"0:;"]) or []  # the client need not wait for it
+                else: self.write([*parts, b"0:;"]), parts.clear()  # the client need not wait for it
         except Gone: raise
         except self.failures:
             report()
@@ -1931,12 +1927,16 @@ class Slot:
             try:
                 if hasattr(items, "close"): items.close()
             except self.failures: report()
-        self.end(response, parts, mark)
+        with response.lock:
+            response.slot = None
+            while self.left: self.take(65536)
+        self.write(parts + [mark])  # then the worker fills the pipes again
 
 class file_wrapper:
     def __init__(self, filelike, blksize=8192):  # smaller blocks cost time; a pipe's must not wait
         self.blksize = max(blksize, 65536 * getattr(filelike, "seekable", bool)())
         self.filelike, self.close = filelike, getattr(filelike, "close", lambda: None)
+
     def __iter__(self):
         return iter(lambda: self.filelike.read(self.blksize) or b"", b"")
 
@@ -2312,7 +2312,7 @@ struct Connection : Passport {
     /// Bytes of the head, which is kept twice until it is complete.
     size_t head_memory() const {
         return in.capacity() + taken.capacity() + parser.request.fields.capacity() +
-               env.capacity() + 2 * sizeof(size_t) * static_cast<size_t>(parser.at.fields);
+               parser.request.names.capacity() * sizeof(Request::Name) + env.capacity();
     }
 };
 
@@ -2937,7 +2937,8 @@ private:
 
     /// All has been sent. A close with bytes unread would reset the connection, and might take the
     /// response with it: then half-close, and read on (RFC 9112 section 9.6). The half-close comes
-    /// before the look for such bytes, for with kMore the last of the response leave only then.
+    /// before the look for such bytes, for with kMore the last of the response leave only then. Who
+    /// has promised to send no more is spared both: close() sends these, too.
     void finish(Connection& c) {
         write_access(c);
         if (c.broken && !c.chunked && c.left < 0 && !c.bodyless) {
@@ -3035,12 +3036,11 @@ private:
         size_t wanted = places();
         Passport next;
         const auto needs_none = [&] {
-            return ::recv(queue_.second.get(), &next, sizeof next, MSG_PEEK | MSG_DONTWAIT) > 0 &&
+            return booted_ &&
+                   ::recv(queue_.second.get(), &next, sizeof next, MSG_PEEK | MSG_DONTWAIT) > 0 &&
                    (next.state != State::Ready || now_ >= due(next));
         };
-        while ((wanted > 0 || (booted_ && needs_none())) && dequeue()) {
-            wanted -= wanted > 0 ? 1 : 0;
-        }
+        while ((wanted > 0 || needs_none()) && dequeue()) { wanted -= wanted > 0 ? 1 : 0; }
         ready_.splice(ready_.end(), ready_, ready_.begin(), std::next(ready_.begin(), own));
     }
 
@@ -3287,7 +3287,7 @@ private:
     /// What is large goes from the buffer to the client, as far as that takes it, behind what is
     /// kept if that is all in memory. The rest, and what is small, is kept for the flush() at the
     /// end of read_runner(): up to kReplyMemory a client and kWorkerMemory in all in memory, then
-    /// in a file.
+    /// in a file, but not each little piece by itself.
     void send_or_keep(Connection& c, std::initializer_list<string_view> parts) {
         size_t all = static_cast<size_t>(c.out.size()), gone = 0;
         for (const string_view part : parts) { all += part.size(); }
@@ -3802,7 +3802,7 @@ private:
     }
 
     /// Halts if no worker could ever boot; a lost canary ends the reload; else sees to it that a
-    /// crash loop does not spin.
+    /// crash loop does not spin. Of workers that ran when one failed, only that one counts.
     void worker_lost(const WorkerInfo& worker, int code) {
         const bool boot_error = code == kWorkerBootError || code == kAppLoadError;
         if (!ever_booted_ && (boot_error || config_.check_config)) {
@@ -3814,7 +3814,7 @@ private:
             if (find(workers_, booted)) { notify_systemd("READY=1"); }
             return log(Level::Error, "Reload failed: the old workers go on");
         }
-        if (worker.generation < 0 || worker.spawned < spawn_again_) { return; }  // is counted
+        if (worker.generation < 0 || worker.spawned < spawn_again_) { return; }
         failures_ = worker.booted && now_ > worker.spawned + 5s ? 0 : failures_ + 1;
         const seconds delay = backoff(failures_ - 1);
         if (delay > 0s) {

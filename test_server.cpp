@@ -3855,10 +3855,8 @@ def app(environ, start_response):
     size_t whole = 0;
     std::istringstream lines(log);
     for (string line; std::getline(lines, line);) {
-        whole += line.find("line ") == 0 && line.rfind(" ends") == line.size() - 5 &&
-                         count(line, "ends") == 1
-                     ? 1
-                     : 0;
+        const bool starts = line.find("line ") == 0, ends = line.find(" ends") == line.size() - 5;
+        whole += starts && ends ? 1 : 0;
     }
     CHECK(whole == 6000);
 }
@@ -7520,6 +7518,16 @@ vector<Client> hold(const Server& server, size_t n, const string& bytes) {
     return held;
 }
 
+/// Sends the rest of what each of them has begun; how often they got which status.
+map<int, int> finish(vector<Client>& clients, const string& rest) {
+    map<int, int> answers;
+    for (Client& client : clients) {
+        client.send(rest);
+        ++answers[Reply(client.read_all()).status];
+    }
+    return answers;
+}
+
 TEST_CASE("hundreds of slow clients are held, answered in the end, and felt by nobody") {
     raise_descriptors();
     const Server server(kTools + kHold, {"-w", "2", "--header-timeout", "60"});
@@ -7611,22 +7619,13 @@ TEST_CASE("many large heads are bounded as a whole; one is served, and so is who
     first.send(head + "\r\n");
     CHECK(Reply(first.read_all()).status == 200);
     const long before = resident(server);
-    vector<Client> clients;
-    for (int i = 0; i < 100; ++i) {
-        clients.emplace_back(server).send(head);  // complete but for its last line
-    }
+    vector<Client> clients = hold(server, 100, head);  // complete but for its last line
     CHECK(wait_for([&] { return unread(server.port()) == 0; }));
     if (!is_sanitized()) { CHECK(resident(server) - before < 48 * 1024); }
     CHECK(get(server, "/hello").status == 200);
-    size_t served = 0, refused = 0;
-    for (Client& client : clients) {
-        client.send("\r\n");
-        const int status = Reply(client.read_all()).status;
-        served += status == 200 ? 1 : 0;
-        refused += status == 503 ? 1 : 0;
-    }
-    CHECK(served >= 5);
-    CHECK(served + refused == 100);
+    map<int, int> answers = finish(clients, "\r\n");
+    CHECK(answers[200] >= 5);
+    CHECK(answers[200] + answers[503] == 100);
     Client last(server);  // what is free again is for others
     last.send(head + "\r\n");
     CHECK(Reply(last.read_all()).status == 200);
@@ -7636,23 +7635,15 @@ TEST_CASE("so are trailer lines that do not end") {
     const Server server(kTools, {"-w", "1", "--limit-request-field_size", "1048576"});
     CHECK(get(server, "/hello").status == 200);
     const long before = resident(server);
-    vector<Client> clients;
-    for (int i = 0; i < 60; ++i) {
-        clients.emplace_back(server).send(
-            "POST /hello HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nA: " +
-            string(1000000, 'x'));
-    }
+    vector<Client> clients =
+        hold(server, 60,
+             "POST /hello HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nA: " +
+                 string(1000000, 'x'));
     CHECK(wait_for([&] { return unread(server.port()) == 0; }, 30s));
     if (!is_sanitized()) { CHECK(resident(server) - before < 48 * 1024); }
-    size_t served = 0, refused = 0;
-    for (Client& client : clients) {
-        client.send("\r\n\r\n");
-        const int status = Reply(client.read_all()).status;
-        served += status == 200 ? 1 : 0;
-        refused += status == 503 ? 1 : 0;
-    }
-    CHECK(served >= 5);
-    CHECK(served + refused == 60);
+    map<int, int> answers = finish(clients, "\r\n\r\n");
+    CHECK(answers[200] >= 5);
+    CHECK(answers[200] + answers[503] == 60);
 }
 
 TEST_CASE("memory stays flat for bodies and responses of 300 MB, whoever is slow") {
@@ -9733,11 +9724,7 @@ if len(open("loads").read()) == 4:
 TEST_CASE("a worker takes over unfinished requests though its runner is busy") {
     Server server(kTools, {"--header-timeout", "2"});
     REQUIRE(server.wait_ready_workers(2));
-    vector<Client> halves;
-    for (int i = 0; i < 8; ++i) {  // some to either worker
-        halves.emplace_back(server);
-        halves.back().send("GET /hel");
-    }
+    vector<Client> halves = hold(server, 8, "GET /hel");  // some to either worker
     Client busy(server);
     busy.send(get_bytes("/gate"));
     CHECK(wait_for([&] { return exists(server.dir.path + "/at_gate"); }));
@@ -9760,11 +9747,7 @@ if os.path.exists("broken"):
 )py",
                   {"-w", "2"});
     REQUIRE(server.wait_ready_workers(2));
-    vector<Client> halves;
-    for (int i = 0; i < 8; ++i) {  // some to either worker
-        halves.emplace_back(server);
-        halves.back().send("GET /hel");
-    }
+    vector<Client> halves = hold(server, 8, "GET /hel");  // some to either worker
     CHECK(wait_for([&] { return unread(server.port()) == 0; }));
     const vector<pid_t> serving = server.workers();
     write_file(server.dir.path + "/broken", "");
