@@ -236,6 +236,9 @@ auto find(Range&& range, Test test) -> decltype(&*std::begin(range)) {
     return nullptr;
 }
 
+/// For messages: what somebody wrote.
+string in_quotes(string_view text) { return "'" + string(text) + "'"; }
+
 constexpr bool is_digit(char c) { return c >= '0' && c <= '9'; }
 constexpr char lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; }
 
@@ -480,7 +483,7 @@ string get(const Config& config) {
 Error read_number(string_view text, int64_t low, int64_t high, int64_t& number) {
     const string_view digits = text.substr(text.substr(0, 1) == "-" ? 1 : 0);
     if (digits.empty() || find(digits, [](char c) { return !is_digit(c); })) {
-        return {2, "'" + string(text) + "' is not a whole number"};
+        return {2, in_quotes(text) + " is not a whole number"};
     }
     if (parse_number(text, number) && number >= low && number <= high) { return {}; }
     return {1, string(text) + " is not in " + to_string(low) + " to " + to_string(high)};
@@ -498,8 +501,9 @@ Error set(Config& config, [[maybe_unused]] string_view text) {
         config.*Member = true;
     } else {
         int64_t number = 0;
-        if (Error error = read_number(text, Low, High, number)) { return error; }
-        config.*Member = T(number);
+        Error error = read_number(text, Low, High, number);
+        if (!error) { config.*Member = T(number); }
+        return error;
     }
     return {};
 }
@@ -516,7 +520,7 @@ constexpr const char* kWorkerClasses[] = {"sync", "gthread"};
 template <const auto& Words>
 Error check_word(string_view text) {
     const auto named = [text](string_view word) { return same_name(word, text); };
-    return find(Words, named) ? Error{} : Error{1, "there is no '" + string(text) + "'"};
+    return find(Words, named) ? Error{} : Error{1, "there is no " + in_quotes(text)};
 }
 
 /// A list of addresses and networks, * for all.
@@ -525,7 +529,7 @@ Error check_networks(string_view list) {
         const string_view entry = trim(cut(list, ','));
         Network network;
         if (entry != "*" && !parse_network(entry, network)) {
-            return {1, "'" + string(entry) + "' is no address or network"};
+            return {1, in_quotes(entry) + " is no address or network"};
         }
     }
     return {};
@@ -541,7 +545,7 @@ Error check_variable(string_view text) {
 Error check_umask(string_view text) {
     int64_t mask = 0;
     const bool good = parse_number(text, mask, 8) && mask <= 0777;
-    return good ? Error{} : Error{1, "'" + string(text) + "' is no file mode mask"};
+    return good ? Error{} : Error{1, in_quotes(text) + " is no file mode mask"};
 }
 
 struct Option {
@@ -654,7 +658,7 @@ Error parse_command_line(const std::vector<const char*>& args, Config& config) {
         } else if (options && arg.size() > 1 && arg.front() == '-') {
             if (Error error = parse_option(config, args, i)) { return error; }
         } else if (std::exchange(have_app, true)) {
-            return {2, "one application only, not also '" + string(arg) + "'"};
+            return {2, "one application only, not also " + in_quotes(arg)};
         } else {
             config.app = arg;
         }
@@ -671,15 +675,15 @@ Error parse_command_line(const std::vector<const char*>& args, Config& config) {
 void print_help() {
     Config defaults;
     (void)parse_command_line({}, defaults);
-    std::puts(
+    string text =
         "usage: server [OPTIONS] [MODULE:CALLABLE]\n\n"
-        "Serves a WSGI application, app_example:app unless another is named.\n");
+        "Serves a WSGI application, app_example:app unless another is named.\n";
     for (const Option& o : kOptions) {
-        const string usage = (o.text[1] == '-' ? "      " : "  ") + string(o.usage());
         const string value = o.get != nullptr && o.takes_value() ? o.get(defaults) : "";
-        std::printf("%s\n        %s%s\n", usage.c_str(), o.help(),
-                    value.empty() ? "" : (" [" + value + "]").c_str());
+        (text += o.text[1] == '-' ? "\n      " : "\n  ") += o.usage();
+        (text += "\n        ") += o.help() + (value.empty() ? "" : " [" + value + "]");
     }
+    std::puts(text.c_str());
 }
 
 /// What --print-config prints, and --log-level debug logs.
@@ -930,7 +934,7 @@ struct Address {
 
 /// Reads HOST:PORT, HOST, :PORT, [V6]:PORT, unix:PATH or fd://N, as gunicorn does.
 Error parse_address(string_view text, Address& a) {
-    const Error bad{1, "'" + string(text) + "' is no address to listen on"};
+    const Error bad{1, in_quotes(text) + " is no address to listen on"};
     int64_t number = 0;
     a.text = text;
     if (text.substr(0, 5) == "fd://") {
@@ -1108,13 +1112,14 @@ Error resolve_user(Config& config) {
         const struct passwd* entry =
             number ? ::getpwuid(static_cast<uid_t>(uid)) : ::getpwnam(config.user.c_str());
         if (entry == nullptr) {
-            return {1, "there is no user '" + config.user + "'" + (number ? ": name a group" : "")};
+            return {
+                1, "there is no user " + in_quotes(config.user) + (number ? ": name a group" : "")};
         }
         uid = entry->pw_uid, gid = entry->pw_gid, config.user = entry->pw_name;
     }
     if (!config.group.empty() && (!parse_number(config.group, gid) || gid >= UINT32_MAX)) {
         const struct group* entry = ::getgrnam(config.group.c_str());
-        if (entry == nullptr) { return {1, "there is no group '" + config.group + "'"}; }
+        if (entry == nullptr) { return {1, "there is no group " + in_quotes(config.group)}; }
         gid = entry->gr_gid;
     }
     config.uid = static_cast<uid_t>(uid);
@@ -1248,13 +1253,9 @@ constexpr int kMaxHead = 1 << 20, kMaxChunkLine = 8192;  // bytes, whatever the 
 struct Request {
     string method, target, path, query, host;  // host: of an absolute target
     int minor = 0;                             // HTTP/1.minor, 0 or 1
-    string fields;                             // an environ block; repeated ones are joined
-    struct Name {
-        size_t hash, at;  // where it stands in `fields`, in which to look for it is slow
-    };
-    std::vector<Name> names;
-    string codings;       // "chunked,": a comma behind each
-    int64_t length = -1;  // Content-Length; -1: none
+    string fields;                             // an environ block
+    string codings;                            // "chunked,": a comma behind each
+    int64_t length = -1;                       // Content-Length; -1: none
     bool expect_continue = false;
     int https = 0, http = 0;  // fields of proxies that say it was, or was not
 };
@@ -1478,26 +1479,41 @@ private:
         }
         if (is_host_field && !is_host(value)) { return {400, "not a host"}; }
         if (is_host_field && !r.host.empty()) { value = r.host; }  // that of the target counts
-        const string key = environ_name(name);
-        const size_t hash = std::hash<string>()(key), size = key.size() + 1;  // with its NUL
-        Request::Name* known = find(r.names, [&](const Request::Name& each) {
-            return each.hash == hash &&
-                   string_view(r.fields).substr(each.at, size) == string_view(key.c_str(), size);
+        return add_variable(r.fields, environ_name(name), value), Error{};
+    }
+
+    /// Makes one variable of all fields with the same name (RFC 9110 section 5.3): once they are
+    /// sorted these stand side by side, as they came.
+    Error join_fields() {
+        string_view rest = request.fields, last;
+        std::vector<string_view> names;  // behind the NUL of each stands its value
+        for (; !rest.empty(); cut(rest, '\0')) { names.push_back(cut(rest, '\0')); }
+        std::qsort(names.data(), names.size(), sizeof names[0], [](const void* a, const void* b) {
+            const string_view x = *static_cast<const string_view*>(a);
+            const string_view y = *static_cast<const string_view*>(b);
+            return x != y ? x.compare(y) : x.data() < y.data() ? -1 : 1;
         });
-        if (known == nullptr) {
-            r.names.push_back({hash, r.fields.size()});
-            return add_variable(r.fields, key, value), Error{};
+        if (std::adjacent_find(names.begin(), names.end()) == names.end()) { return {}; }
+        string block;
+        for (const string_view name : names) {
+            const char* value = name.data() + name.size() + 1;
+            if (name != std::exchange(last, name)) {
+                add_variable(block, name, value);
+            } else if (name == "HTTP_HOST" || name == "CONTENT_TYPE") {
+                return {400, "two of " + string(name)};
+            } else {
+                block.pop_back();
+                ((block += name == "HTTP_COOKIE" ? "; " : ",") += value) += '\0';
+            }
         }
-        if (is_host_field || is("content-type")) { return {400, "two of " + key}; }
-        const string more = (is("cookie") ? "; " : ",") + string(value);
-        r.fields.insert(r.fields.find('\0', known->at + size), more);
-        while (++known <= &r.names.back()) { known->at += more.size(); }
+        request.fields.swap(block);
         return {};
     }
 
     /// What only the whole head tells: the host, Expect, and how the body is framed.
     Error finish_head() {
         Request& r = request;
+        if (Error failure = join_fields()) { return failure; }
         if (!r.host.empty() && lookup(r.fields, "HTTP_HOST").data() == nullptr) {
             add_variable(r.fields, "HTTP_HOST", r.host);
         }
@@ -1683,18 +1699,18 @@ Error parse_response(string_view head, Response& r) {
     r.line = cut(head, '\n');
     if (!named || r.line.size() < 4 || r.line[3] != ' ' || !is_field_value(r.line) ||
         !parse_number(string_view(r.line).substr(0, 3), status) || status < 200) {
-        return {500, "the status '" + escape(r.line) + "'"};
+        return {500, "the status " + in_quotes(escape(r.line))};
     }
     while (!head.empty()) {
         const string_view line = cut(head, '\n');
         string_view name, value;
         if (!split_field(line, name, value)) {
-            return {500, "the header field '" + escape(line) + "'"};
+            return {500, "the header field " + in_quotes(escape(line))};
         }
         const auto is = [&name](string_view other) { return same_name(name, other); };
         if (is("content-length")) {
             const bool good = r.length < 0 && parse_number(value, r.length);
-            if (!good) { return {500, "the Content-Length '" + escape(value) + "'"}; }
+            if (!good) { return {500, "the Content-Length " + in_quotes(escape(value))}; }
             if (status == 204) { continue; }  // RFC 9110 section 8.6
         }
         if (find(kHopByHop, is)) {
@@ -2154,15 +2170,15 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
 }
 
 /// In a forked child: becomes another program, with the signals' defaults and the limits of before.
-[[noreturn]] void exec_program(const Config& config, Strings words) {
+[[noreturn]] void exec_program(const Config& config, const Strings& words) {
     for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
     set_signals({SIGTTOU}, SIG_IGN);  // it prints to the terminal, also from the background
     set_soft_limit(config.files);
     block_signals(false);
-    std::vector<char*> pointers;
-    for (string& word : words) { pointers.push_back(word.data()); }
+    std::vector<const char*> pointers;
+    for (const string& word : words) { pointers.push_back(word.c_str()); }
     pointers.push_back(nullptr);
-    ::execvp(pointers[0], pointers.data());
+    ::execvp(pointers[0], const_cast<char**>(pointers.data()));
     log(Level::Error, os_error("cannot run " + words[0]).text);
     ::_exit(kWorkerBootError);
 }
@@ -2311,8 +2327,7 @@ struct Connection : Passport {
 
     /// Bytes of the head, which is kept twice until it is complete.
     size_t head_memory() const {
-        return in.capacity() + taken.capacity() + parser.request.fields.capacity() +
-               parser.request.names.capacity() * sizeof(Request::Name) + env.capacity();
+        return in.capacity() + taken.capacity() + parser.request.fields.capacity() + env.capacity();
     }
 };
 
@@ -4007,14 +4022,14 @@ int main(int argc, char** argv) {
     std::vector<Listener> listeners;
     Error error = parse_command_line({argv + std::min(argc, 1), argv + argc}, config);
     if (!error && config.help) { return print_help(), 0; }
-    if (!error && config.version) { return std::printf("server %s\n", kVersion), 0; }
+    if (!error && config.version) { return std::puts((string("server ") + kVersion).c_str()), 0; }
     if (!error && config.print_config) { return std::puts(show_config(config).c_str()), 0; }
     if (!error) { error = apply(config); }
     if (!error) { error = bind_all(config, listeners); }
     if (!error && config.daemon && !config.detached) { error = daemonize(config); }
     if (error) {
         if (config.old_master == 0) { unlink_sockets(listeners); }
-        return std::fprintf(stderr, "Error: %s\n", error.text.c_str()), error.code;
+        return std::fputs(("Error: " + error.text + "\n").c_str(), stderr), error.code;
     }
     make_title_room(config, argv, argc);
     return Arbiter(config, std::move(listeners)).run();
