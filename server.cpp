@@ -2852,8 +2852,7 @@ private:
         if (parsed == Parse::Bad) { return refuse(c, c.parser.error); }
         if (c.state == State::ReadHead) { c.taken += fresh.substr(0, fresh.size() - in.size()); }
         c.in = string(in);
-        const size_t held = c.state == State::ReadHead ? c.head_memory() : c.in.size();
-        if (held > kPiece && head_memory_ > kWorkerMemory) {
+        if (c.head_memory() > kPiece && head_memory_ > kWorkerMemory) {
             return refuse(c, {503, "no memory for so large a head"});
         }
         if (too_large(c.body.size())) { return refuse(c, {413, "the body is too large"}); }
@@ -2956,6 +2955,7 @@ private:
     /// has promised to send no more is spared both: close() sends these, too.
     void finish(Connection& c) {
         write_access(c);
+        release(c.env);
         if (c.broken && !c.chunked && c.left < 0 && !c.bodyless) {
             const struct linger reset = {1, 0};  // only a reset shows that this response is cut
             ::setsockopt(c.socket.get(), SOL_SOCKET, SO_LINGER, &reset, sizeof reset);

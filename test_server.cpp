@@ -7632,6 +7632,24 @@ TEST_CASE("many large heads are bounded as a whole; one is served, and so is who
     CHECK(Reply(last.read_all()).status == 200);
 }
 
+TEST_CASE("so are those that are complete at the next read, and wait for the runner") {
+    raise_descriptors();
+    const Server server(kTools, {"-w", "1"});
+    Client running(server);
+    running.send(get_bytes("/gate"));
+    REQUIRE(wait_file(server, "at_gate"));
+    const string field = "X: " + string(8000, 'x') + "\r\n", fields = field + field;
+    const long before = resident(server);
+    vector<Client> clients = hold(server, 800, "GET /hello HTTP/1.1\r\n" + fields);
+    CHECK(wait_for([&] { return unread(server.port()) == 0; }, 30s));
+    for (Client& client : clients) { client.send(fields + fields + fields + field + "\r\n"); }
+    CHECK(wait_for([&] { return unread(server.port()) == 0; }, 30s));
+    if (!is_sanitized()) { CHECK(resident(server) - before < 48 * 1024); }
+    open_gate(server);
+    map<int, int> answers = finish(clients, "");
+    CHECK(answers[200] + answers[503] == 800);
+}
+
 TEST_CASE("so are trailer lines that do not end") {
     const Server server(kTools, {"-w", "1", "--limit-request-field_size", "1048576"});
     CHECK(get(server, "/hello").status == 200);
