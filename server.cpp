@@ -63,6 +63,7 @@
 #include <cstring>
 #include <ctime>
 #include <list>
+#include <map>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -262,10 +263,10 @@ string_view cut(string_view& text, char separator) {
 }
 
 /// Empties a string and gives its memory back; to assign an empty one would keep that.
-void release(string& text) { string().swap(text); }
+void discard(string& text) { string().swap(text); }
 
-/// Reads digits and nothing else; false also where the number does not fit 63 bits.
-/// Where it returns false, `number` may be anything.
+/// Reads digits of that base and nothing else. False, and `number` may be anything: there are none,
+/// or others, or the number does not fit 63 bits.
 bool parse_number(string_view text, int64_t& number, int base = 10) {
     number = 0;
     for (const char c : text) {
@@ -280,7 +281,7 @@ bool parse_number(string_view text, int64_t& number, int base = 10) {
 struct Network {
     bool v6 = false;
     int64_t bits = 0;
-    unsigned char address[17] = {};  // one more, to be compared where all bits count
+    unsigned char address[17] = {};  // is_listed() looks one byte further where all bits count
 };
 
 /// Reads 10.0.0.1, 10.0.0.0/8, ::1 and the like.
@@ -348,12 +349,12 @@ private:
         const bool there = ::lseek(file_.get(), file_end_, SEEK_SET) >= 0;
         if (!there || !write_all(file_, back_)) { return false; }
         file_end_ += static_cast<int64_t>(back_.size());
-        release(back_);
+        discard(back_);
         return true;
     }
 
     void refill() {
-        release(front_);
+        discard(front_);
         offset_ = 0;
         if (stored() == 0) {
             file_.reset();
@@ -452,10 +453,10 @@ struct Config {
     Strings reload_extra_files;
     uid_t uid = 0;  // what --user and --group mean
     gid_t gid = 0;
-    rlim_t files = 0;  // the soft limit on descriptors as it was, for the application
-    int pipes = 8;     // of requests, in each slot
-    string sockets;    // from systemd or an old master: FD:INODE: of each; 0: not to remove
-    Strings argv;      // as it was started, and where, for an upgrade
+    rlim_t soft_limit = 0;  // on descriptors, as it was: for the application
+    int pipes = 8;          // of requests, in each slot
+    string sockets;         // from systemd or an old master: FD:BOUND_AT: of each; 0: not to remove
+    Strings argv;           // as it was started, and where, for an upgrade
     string directory;
     pid_t old_master = 0;   // that upgrades to this one
     char* title = nullptr;  // what ps shows
@@ -479,7 +480,7 @@ string get(const Config& config) {
     return to_string(config.*Member);
 }
 
-/// Reads a whole number from `low` to `high`. A code of 2: it is none; 1: it is another.
+/// Reads a whole number. An error of code 2: it is none; 1: it is not in `low` to `high`.
 Error read_number(string_view text, int64_t low, int64_t high, int64_t& number) {
     const string_view digits = text.substr(text.substr(0, 1) == "-" ? 1 : 0);
     if (digits.empty() || find(digits, [](char c) { return !is_digit(c); })) {
@@ -554,8 +555,8 @@ struct Option {
     string (*get)(const Config&);  // nullptr: not shown
     Error (*check)(string_view) = nullptr;
 
-    const char* help() const { return std::strchr(text, ':') + 2; }
     string_view usage() const { return {text, std::strcspn(text, ":")}; }
+    const char* help() const { return text + usage().size() + 2; }
     string_view name() const {
         const char* from = text + (text[1] == '-' ? 2 : 6);
         return {from, std::strcspn(from, " :")};
@@ -583,14 +584,15 @@ constexpr Option kOptions[] = {
     row<&C::worker_connections, 1>("--worker-connections N: connections that a worker holds"),
     row<&C::max_requests, 0>("--max-requests N: then a new runner; 0: never"),
     row<&C::max_requests_jitter, 0>("--max-requests-jitter N: at random, up to N more"),
-    row<&C::limit_request_line, 0, kMiB>("--limit-request-line BYTES: 0: 1 MiB"),
-    row<&C::limit_request_fields, 0, 32768>("--limit-request-fields N: header fields; 0: 32768"),
+    row<&C::limit_request_line, 0, kMiB>("--limit-request-line BYTES: the longest; 0: 1 MiB"),
+    row<&C::limit_request_fields, 0, 32768>("--limit-request-fields N: the most; 0: 32768"),
     row<&C::limit_request_field_size, 0, kMiB>(
         "--limit-request-field_size BYTES: longest header field; 0: the default"),
-    row<&C::limit_request_body, 0, INT64_MAX>("--limit-request-body BYTES: 0: no limit"),
+    row<&C::limit_request_body, 0, INT64_MAX>(
+        "--limit-request-body BYTES: the longest; 0: no limit"),
     row<&C::chdir>("--chdir DIR: change to this directory first"),
     row<&C::pythonpath>("--pythonpath DIRS: to import from first; commas between several"),
-    row<&C::raw_env>("-e, --env NAME=VALUE: for the application; repeatable", check_variable),
+    row<&C::raw_env>("-e, --env NAME=VALUE: set for the application; repeatable", check_variable),
     row<&C::worker_tmp_dir>("--worker-tmp-dir DIR: else /dev/shm, $TMPDIR or /tmp"),
     row<&C::accesslog>("--access-logfile FILE: write an access log; -: to stdout"),
     row<&C::access_log_format>("--access-logformat FORMAT: what its lines look like"),
@@ -620,7 +622,8 @@ constexpr Option kOptions[] = {
     {"-h, --help: print this help and exit", set<&C::help>, nullptr},
 };
 
-/// Reads args[i]: -x VALUE, -xVALUE, --name VALUE or --name=VALUE, and moves i to its last word.
+/// Reads args[i], -x VALUE, -xVALUE, -x=VALUE, --name VALUE or --name=VALUE, and moves i to its
+/// last word.
 Error parse_option(Config& config, const std::vector<const char*>& args, size_t& i) {
     const string arg = args[i];
     const bool is_long = arg[1] == '-';
@@ -632,7 +635,7 @@ Error parse_option(Config& config, const std::vector<const char*>& args, size_t&
     const bool attached = arg.size() > end, takes_value = option->takes_value();
     if (!takes_value && attached) { return {2, arg + " takes no value"}; }
     if (takes_value && !attached && ++i == args.size()) { return {2, arg + " needs a value"}; }
-    const string_view value = attached ? args[i] + end + (is_long ? 1 : 0) : args[i];
+    const string_view value = attached ? args[i] + end + (arg[end] == '=') : args[i];
     Error error = option->check != nullptr ? option->check(value) : Error{};
     if (!error) { error = option->set(config, value); }
     return error ? Error{error.code, "--" + string(option->name()) + ": " + error.text} : error;
@@ -732,7 +735,7 @@ int set_groups(const Config& config) {
                                : ::initgroups(config.user.c_str(), config.gid);
 }
 
-/// Root with the rights of --user until it goes, or else nothing.
+/// While it lives root has the rights of --user; where `change` is false it does nothing.
 struct AsUser {
     const bool changed;
     const gid_t group = ::getegid();
@@ -756,13 +759,13 @@ struct AsUser {
 /// Whether --user has a say in what a directory is: where a symbolic link is on the way, or he may
 /// write to one above it. To a sticky one, as /tmp is, he may; but what is in it is not his.
 bool has_say(const Config& config, string directory) {
-    char real[PATH_MAX] = "";
-    (void)!::realpath((directory + "/").c_str(), real);
-    if (real != (directory.empty() ? "/" : directory)) { return true; }
+    struct stat info = {};
+    for (string part = directory; !part.empty(); part.resize(part.rfind('/'))) {
+        if (::lstat(part.c_str(), &info) == 0 && S_ISLNK(info.st_mode)) { return true; }
+    }
     const AsUser user(config, true);
     Fd probe;  // faccessat() of glibc before 2.33 asks for root, who we are no more
     for (bool last = true; !directory.empty(); last = false) {
-        struct stat info = {};
         const bool seen = ::stat(directory.c_str(), &info) == 0;
         const bool writes =
             !make_temp_file(directory, probe) || (errno != EACCES && errno != EROFS);
@@ -808,7 +811,8 @@ Error open_logs(const Config& config) {
     for (const int fd : {STDOUT_FILENO, STDERR_FILENO}) {
         if (config.detached) { ::dup2(g_log.error_file.get(), fd); }
     }
-    return error ? error : open_log(config, config.accesslog, STDOUT_FILENO, g_log.access_file);
+    const Error other = open_log(config, config.accesslog, STDOUT_FILENO, g_log.access_file);
+    return error ? error : other;
 }
 
 void add_variable(string& block, string_view name, string_view value) {
@@ -865,8 +869,7 @@ string basic_user(string_view credentials) {
 
 /// What an access-log line tells of one request.
 struct Access {
-    string_view env, head;  // environ block; head of the response
-    string line, peer;      // request line; the client's address
+    string_view env, head, line, peer;  // environ block; response head; request line; address
     int status = 0;
     int64_t body_bytes = 0;
     microseconds took{};
@@ -961,7 +964,7 @@ struct Listener {
     string text, path;      // as in the log: http://127.0.0.1:8000; of a unix socket
     string host, port;      // SERVER_NAME and SERVER_PORT; empty on a unix socket
     bool wildcard = false;  // bound to all addresses: each connection has its own
-    ino_t inode = 0;        // of the path, where that is ours to remove
+    int64_t bound_at = 0;   // by the clock of files, where the path is ours to remove
 };
 
 /// The numeric host and port of a socket address; both empty for a unix socket.
@@ -971,9 +974,8 @@ void address_text(const sockaddr_storage& address, string& host, string& port) {
     const auto& v6 = reinterpret_cast<const sockaddr_in6&>(address);
     const bool is_v6 = address.ss_family == AF_INET6;
     if (!is_v6 && address.ss_family != AF_INET) { return; }
-    host = is_v6 ? ::inet_ntop(AF_INET6, &v6.sin6_addr, text, sizeof text) : "";
-    const auto octets = reinterpret_cast<const unsigned char*>(&v4.sin_addr);  // without sprintf()
-    for (int i = 0; !is_v6 && i < 4; ++i) { (host += i > 0 ? "." : "") += to_string(octets[i]); }
+    const void* bytes = is_v6 ? static_cast<const void*>(&v6.sin6_addr) : &v4.sin_addr;
+    host = ::inet_ntop(address.ss_family, bytes, text, sizeof text);
     if (is_v6 && IN6_IS_ADDR_V4MAPPED(&v6.sin6_addr)) { host.erase(0, std::strlen("::ffff:")); }
     port = to_string(ntohs(is_v6 ? v6.sin6_port : v4.sin_port));
 }
@@ -985,7 +987,7 @@ sockaddr_storage socket_name(int fd) {
     return address;
 }
 
-/// Fills in what the log and the environ need of a socket, which must be listening and not be ours.
+/// Fills in what the log and the environ need of a socket, which must be listening, and new to us.
 Error describe(Fd fd, Listener& made) {
     int listening = 0;
     socklen_t size = sizeof listening;
@@ -1011,10 +1013,11 @@ Error describe(Fd fd, Listener& made) {
     return {};
 }
 
-/// What tells our unix socket's file from another of that name; 0 if there is none.
-ino_t inode_of(const string& path) {
+/// What tells our unix socket's file from another of that name: an inode's number would soon be
+/// given to the next. 0 if there is none.
+int64_t bound_at(const string& path) {
     struct stat info = {};
-    return ::lstat(path.c_str(), &info) == 0 ? info.st_ino : 0;
+    return ::lstat(path.c_str(), &info) == 0 ? nanoseconds(info.st_mtim) : 0;
 }
 
 /// Makes way for a unix socket: removes a stale one, never a live one or another kind of file.
@@ -1044,7 +1047,7 @@ Error resolve(const Address& address, sockaddr_storage& name, socklen_t& size) {
     if (!address.path.empty()) {
         auto& unix_name = reinterpret_cast<sockaddr_un&>(name);
         unix_name.sun_family = AF_UNIX;
-        address.path.copy(unix_name.sun_path, sizeof unix_name.sun_path - 1);
+        std::memcpy(unix_name.sun_path, address.path.data(), address.path.size());
         size = sizeof unix_name;
         return clear_path(address.path, unix_name);
     }
@@ -1070,6 +1073,7 @@ Error bind_address(const Address& address, const Config& config, Listener& made)
     socklen_t size = 0;
     if (Error error = resolve(address, name, size)) { return error; }
     Fd fd(::socket(name.ss_family, SOCK_STREAM, 0));
+    if (!fd) { return os_error("cannot listen on " + address.text); }
     const int on = 1;
     ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     if (address.v6) { ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on); }
@@ -1083,7 +1087,7 @@ Error bind_address(const Address& address, const Config& config, Listener& made)
         return os_error("cannot listen on " + address.text);
     }
     if (Error error = describe(std::move(fd), made)) { return error; }
-    made.inode = inode_of(made.path);
+    made.bound_at = bound_at(made.path);
     if (!made.path.empty() && ::geteuid() == 0) {
         (void)!::lchown(made.path.c_str(), config.uid, config.gid);
     }
@@ -1091,9 +1095,10 @@ Error bind_address(const Address& address, const Config& config, Listener& made)
 }
 
 /// Removes the unix sockets that are still ours.
-void unlink_sockets(const std::vector<Listener>& listeners) {
+void unlink_sockets(const std::list<Listener>& listeners) {
     for (const Listener& each : listeners) {
-        if (each.inode != 0 && inode_of(each.path) == each.inode) { ::unlink(each.path.c_str()); }
+        const bool ours = each.bound_at != 0 && each.bound_at == bound_at(each.path);
+        if (ours) { ::unlink(each.path.c_str()); }
     }
 }
 
@@ -1183,7 +1188,9 @@ Error daemonize(Config& config) {
         if (i == 0) { ::setsid(); }
     }
     const Fd null(::open("/dev/null", O_RDWR | O_CLOEXEC));
-    for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) { ::dup2(null.get(), fd); }
+    for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
+        if (::fcntl(fd, F_GETFD) == 0) { ::dup2(null.get(), fd); }  // else it is a listener of ours
+    }
     config.detached = true;
     return open_logs(config);
 }
@@ -1234,7 +1241,7 @@ void notify_systemd(const string& state) {
     name.sun_family = AF_UNIX;
     const string path = environment("NOTIFY_SOCKET");
     if (path.empty() || path.size() >= sizeof name.sun_path) { return; }
-    path.copy(name.sun_path, path.size());
+    std::memcpy(name.sun_path, path.data(), path.size());
     if (path.front() == '@') { name.sun_path[0] = '\0'; }
     const socklen_t size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + path.size());
     const Fd fd(::socket(AF_UNIX, SOCK_DGRAM, 0));
@@ -1253,11 +1260,18 @@ constexpr int kMaxHead = 1 << 20, kMaxChunkLine = 8192;  // bytes, whatever the 
 struct Request {
     string method, target, path, query, host;  // host: of an absolute target
     int minor = 0;                             // HTTP/1.minor, 0 or 1
-    string fields;                             // an environ block
-    string codings;                            // "chunked,": a comma behind each
-    int64_t length = -1;                       // Content-Length; -1: none
+    std::map<string, string, std::less<string_view>>
+        fields;               // as in the environ; repeated ones are joined
+    size_t field_memory = 0;  // about what these take
+    int64_t length = -1;      // Content-Length; -1: none
     bool expect_continue = false;
     int https = 0, http = 0;  // fields of proxies that say it was, or was not
+
+    /// A field by its name in the environ; data() is null if there is none.
+    string_view field(const char* name) const {
+        const auto found = fields.find(name);
+        return found == fields.end() ? string_view() : found->second;
+    }
 };
 
 bool is_alnum(char c) { return is_digit(c) || (lower(c) >= 'a' && lower(c) <= 'z'); }
@@ -1342,7 +1356,7 @@ public:
 
     Framing at;
     Request request;
-    string request_line;  // as far as logs need it, who escape it
+    string request_line;  // as far as logs need it; they escape it
     Error error;          // after Bad
 
     /// Takes from the front of `in` and is called again until it says NeedMore (then with what is
@@ -1408,12 +1422,9 @@ private:
         Request& r = request;
         r.method = cut(line, ' ');
         r.target = cut(line, ' ');
-        r.fields.reserve(512);
-        const size_t lower_case = r.method.find_first_of("abcdefghijklmnopqrstuvwxyz");
-        if (r.method.size() < 3 || r.method.size() > 20 || lower_case != string::npos ||
-            !is_token(r.method)) {
-            return {400, "not a request method"};
-        }
+        const bool lower_case = find(r.method, [](char c) { return c >= 'a' && c <= 'z'; });
+        const bool fits = r.method.size() >= 3 && r.method.size() <= 20;
+        if (!fits || lower_case || !is_token(r.method)) { return {400, "not a request method"}; }
         if (r.target.empty() || r.target.find('\t') != string::npos || !is_field_value(r.target)) {
             return {400, "not a request target"};
         }
@@ -1471,65 +1482,37 @@ private:
             const bool good = r.length < 0 && parse_number(value, r.length);
             return good ? Error{} : Error{400, "not one good Content-Length"};
         }
-        if (is("transfer-encoding")) {  // the decoded body has none (RFC 9112 section 7.1.3)
-            return (r.codings += value) += ',', Error{};
-        }
         for (const auto& [proxy_field, yes] : kSecure) {
             if (is(proxy_field)) { ++(value == yes ? r.https : r.http); }
         }
         if (is_host_field && !is_host(value)) { return {400, "not a host"}; }
+        r.field_memory += 160 + line.size();
         if (is_host_field && !r.host.empty()) { value = r.host; }  // that of the target counts
-        return add_variable(r.fields, environ_name(name), value), Error{};
-    }
-
-    /// Makes one variable of all fields with the same name (RFC 9110 section 5.3): once they are
-    /// sorted these stand side by side, as they came.
-    Error join_fields() {
-        string_view rest = request.fields, last;
-        std::vector<string_view> names;  // behind the NUL of each stands its value
-        for (; !rest.empty(); cut(rest, '\0')) { names.push_back(cut(rest, '\0')); }
-        std::qsort(names.data(), names.size(), sizeof names[0], [](const void* a, const void* b) {
-            const string_view x = *static_cast<const string_view*>(a);
-            const string_view y = *static_cast<const string_view*>(b);
-            return x != y ? x.compare(y) : x.data() < y.data() ? -1 : 1;
-        });
-        if (std::adjacent_find(names.begin(), names.end()) == names.end()) { return {}; }
-        string block;
-        for (const string_view name : names) {
-            const char* value = name.data() + name.size() + 1;
-            if (name != std::exchange(last, name)) {
-                add_variable(block, name, value);
-            } else if (name == "HTTP_HOST" || name == "CONTENT_TYPE") {
-                return {400, "two of " + string(name)};
-            } else {
-                block.pop_back();
-                ((block += name == "HTTP_COOKIE" ? "; " : ",") += value) += '\0';
-            }
-        }
-        request.fields.swap(block);
-        return {};
+        const auto [known, is_new] = r.fields.emplace(environ_name(name), value);
+        if (is_new) { return {}; }
+        if (is_host_field || is("content-type")) { return {400, "two of " + known->first}; }
+        return (known->second += is("cookie") ? "; " : ",") += value, Error{};
     }
 
     /// What only the whole head tells: the host, Expect, and how the body is framed.
     Error finish_head() {
         Request& r = request;
-        if (Error failure = join_fields()) { return failure; }
-        if (!r.host.empty() && lookup(r.fields, "HTTP_HOST").data() == nullptr) {
-            add_variable(r.fields, "HTTP_HOST", r.host);
-        }
-        const string_view expect = lookup(r.fields, "HTTP_EXPECT");
+        string_view host = r.host;
+        if (!host.empty()) { r.fields.emplace(string("HTTP_HOST"), host); }
+        const string_view expect = r.field("HTTP_EXPECT");
         r.expect_continue = expect.data() != nullptr && r.minor > 0;
         if (expect.data() != nullptr && !same_name(expect, "100-continue")) {
             return {417, "not an expectation"};
         }
         at.left = std::max<int64_t>(r.length, 0);
         at.part = at.left > 0 ? Part::Data : Part::End;
-        return r.codings.empty() ? Error{} : take_codings(r.codings);
+        const string_view codings = r.field("HTTP_TRANSFER_ENCODING");
+        return codings.data() != nullptr ? take_codings(string(codings) + ",") : Error{};
     }
 
     /// Exactly one `chunked`, on HTTP/1.1, without a Content-Length: all else is how requests are
     /// smuggled (RFC 9112 section 6.1).
-    Error take_codings(string_view value) {
+    Error take_codings(string_view value) {  // with a comma behind each
         Request& r = request;
         if (r.minor == 0 || r.length >= 0) {
             return {400, "Transfer-Encoding beside Content-Length, or in HTTP/1.0"};
@@ -1650,7 +1633,7 @@ string make_environ(const Request& r, const Endpoints& ends, string_view scheme 
     }
     string_view server = ends.server, port = ends.server_port;
     if (server.empty()) {
-        const string_view host = lookup(r.fields, "HTTP_HOST");
+        const string_view host = r.field("HTTP_HOST");
         server = host.substr(0, host.find(':', host.rfind(']') + 1));
         port = host.substr(std::min(server.size() + 1, host.size()));
         if (server.empty()) { server = "localhost"; }  // PEP 3333: never empty
@@ -1670,10 +1653,13 @@ string make_environ(const Request& r, const Endpoints& ends, string_view scheme 
         {"REMOTE_PORT", ends.peer_port},
         {"wsgi.url_scheme", scheme}};
     string block;
-    block.reserve(512 + r.fields.size());
+    block.reserve(1024);
     add_variable(block, "CONTENT_LENGTH", r.length < 0 ? "" : to_string(r.length));
     for (const auto& [name, value] : variables) { add_variable(block, name, value); }
-    block += r.fields;
+    for (const auto& [name, value] : r.fields) {
+        const bool framing = name == "HTTP_TRANSFER_ENCODING";  // of a body that is decoded now
+        if (!framing) { add_variable(block, name, value); }
+    }
     return block;
 }
 
@@ -1728,14 +1714,14 @@ Error parse_response(string_view head, Response& r) {
 /// The head as it goes to the client; the date as in RFC 9110 section 5.6.7.
 string final_head(const Response& r, int minor, bool chunked) {
     static time_t last = 0;
-    static char date[40];
+    static string date;
     if (const time_t now = std::time(nullptr); now != std::exchange(last, now)) {
-        time_text("Date: %a, %d %b %Y %H:%M:%S GMT\r\n", ::gmtime_r).copy(date, sizeof date - 1);
+        date = time_text("Date: %a, %d %b %Y %H:%M:%S GMT\r\n", ::gmtime_r);
     }
     string head = minor > 0 ? "HTTP/1.1 " : "HTTP/1.0 ";
     head.reserve(256);
     (head += r.line) += r.has_server ? "\r\n" : "\r\nServer: server\r\n";
-    ((head += r.has_date ? "" : date) += "Connection: close\r\n") += r.fields;
+    ((head += r.has_date ? "" : date.c_str()) += "Connection: close\r\n") += r.fields;
     head += chunked ? "Transfer-Encoding: chunked\r\n\r\n" : "\r\n";
     return head;
 }
@@ -1999,9 +1985,9 @@ def main(name, paths, software, several, files, threads, *fds):
         with open(os.devnull, "r+b", 0) as null:
             for fd in pipes: os.dup2(null.fileno(), fd, False)
     pipes = [raise_fd(fd) for fd in fds]
-    stay, masks, thread, names = lambda *_: None, {}, _thread.get_ident, []
-    def block(): masks[thread()] = pthread_sigmask(SIG_BLOCK, [SIGTERM])
-    def unblock(): pthread_sigmask(SIG_SETMASK, masks.pop(thread()))
+    stay, masks, names = lambda *_: None, {}, []
+    def block(): masks[_thread.get_ident()] = pthread_sigmask(SIG_BLOCK, [SIGTERM])
+    def unblock(): pthread_sigmask(SIG_SETMASK, masks.pop(_thread.get_ident()))
     signal(SIGTERM, stay), siginterrupt(SIGTERM, False)  # to all of a service: the server ends us
     os.register_at_fork(before=block, after_in_parent=unblock)
     for hook in lambda: getsignal(SIGTERM) is stay and signal(SIGTERM, SIG_DFL), unblock, cut_off:
@@ -2173,7 +2159,7 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
 [[noreturn]] void exec_program(const Config& config, const Strings& words) {
     for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
     set_signals({SIGTTOU}, SIG_IGN);  // it prints to the terminal, also from the background
-    set_soft_limit(config.files);
+    set_soft_limit(config.soft_limit);
     block_signals(false);
     std::vector<const char*> pointers;
     for (const string& word : words) { pointers.push_back(word.c_str()); }
@@ -2247,11 +2233,12 @@ Error start_runner(const Config& config, Runner& runner) {
     return {};
 }
 
-/// "exited with status 1", "was ended by signal 9 (Killed)".
-string exit_text(int status) {
+/// "exited with status 1", "was ended by signal 9 (Killed), sent by this server".
+string exit_text(int status, bool ours = false) {
     if (!WIFSIGNALED(status)) { return "exited with status " + to_string(WEXITSTATUS(status)); }
     const int number = WTERMSIG(status);
-    return "was ended by signal " + to_string(number) + " (" + ::strsignal(number) + ")";
+    return "was ended by signal " + to_string(number) + " (" + ::strsignal(number) + ")" +
+           (ours ? ", sent by this server" : "");
 }
 
 // ============================================================================
@@ -2265,7 +2252,7 @@ enum class State { ReadHead, ReadBody, Ready, Run, Reply, Linger, Done };
 
 /// The part of a connection that goes through the ready queue as it is.
 struct Passport {
-    Time accepted, started;            // connected; that, then when it was complete, or lingered
+    Time accepted, started;            // connected; then complete, later: began to linger
     State state = State::ReadHead;     // in the queue: Ready, or how far the request has come,
     Time since{};                      // when it came to that, or last went on
     RequestParser::Framing framing{};  // in the queue alone, as is the next: parser.at
@@ -2327,7 +2314,7 @@ struct Connection : Passport {
 
     /// Bytes of the head, which is kept twice until it is complete.
     size_t head_memory() const {
-        return in.capacity() + taken.capacity() + parser.request.fields.capacity() + env.capacity();
+        return in.capacity() + taken.capacity() + parser.request.field_memory + env.capacity();
     }
 };
 
@@ -2358,7 +2345,7 @@ ssize_t exchange_message(const Fd& queue, bool send, char* data, size_t size, in
 // ============================================================================
 //  10. Worker: one select loop between clients, the ready queue and the runner
 // ============================================================================
-constexpr auto kGather = 1200ms;     // from the first wish for new workers that is seen to these
+constexpr auto kGather = 1200ms;     // from a worker's wish for a reload to it: others will wish it
 constexpr auto kTick = 100ms;        // how exact a deadline is
 constexpr auto kColdDelay = 20ms;    // how long select() may leave out who was silent for a tick
 constexpr auto kAcceptDelay = 10ms;  // how long a busy worker leaves connections to idle ones
@@ -2376,7 +2363,7 @@ constexpr int kMore = 0;
 class Worker {
 public:
     /// `queue` is what every worker of every generation inherits.
-    Worker(const Config& config, std::vector<Listener>& listeners, const Pair& queue, const Fd& tmp,
+    Worker(const Config& config, std::list<Listener>& listeners, const Pair& queue, const Fd& tmp,
            pid_t arbiter)
         : config_(config), listeners_(listeners), queue_(queue), tmp_(tmp), arbiter_(arbiter) {}
 
@@ -2407,6 +2394,8 @@ private:
               "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
             ::unsetenv(name);  // what is between systemd, an old master and this server
         }
+        // As gunicorn does: web.py takes who does not for a trial, and shows its errors to all.
+        ::setenv("SERVER_SOFTWARE", (string("server/") + kVersion).c_str(), 1);
         for (const string& pair : config_.raw_env) { ::putenv(const_cast<char*>(pair.c_str())); }
         ::tzset();  // or the time in the logs would depend on what was logged before
         if (Error error = drop_privileges(config_)) { return error; }
@@ -2511,13 +2500,13 @@ private:
     /// One select(), and what comes of it; then the work of run_requests(), pass_on(),
     /// empty_backlog() and tick().
     void turn() {
-        fd_set reads = now_ < look_again_ ? hot_ : reads_, writes = writes_;
+        fd_set reads = now_ < hot_until_ ? hot_ : reads_, writes = writes_;
         const bool all = std::memcmp(&reads, &reads_, sizeof reads) == 0;  // no cold one stays out
         show_title();
         const Time until = prepare(reads, writes);
-        wait_ready(max_fd_, reads, writes, all ? until : std::min(until, look_again_));
+        wait_ready(max_fd_, reads, writes, all ? until : std::min(until, hot_until_));
         const Time before = now_, woken = now_ = Clock::now();
-        if (all) { look_again_ = now_ + kColdDelay; }
+        if (all) { hot_until_ = now_ + kColdDelay; }
         const auto is_set = [](const Fd& fd, const fd_set& set) {
             return fd && FD_ISSET(fd.get(), &set);
         };
@@ -2539,8 +2528,8 @@ private:
             if (readable && c->state != State::Done) { read_client(*c); }
             settle(*c);
         }
-        bool called = false;
-        for (const Listener& each : listeners_) { called = called || is_set(each.fd, reads); }
+        const bool called =
+            find(listeners_, [&](const Listener& each) { return is_set(each.fd, reads); });
         if (called && !has_idle_slot()) { accept_clients(); }
         run_requests();
         if (called && last_accept_ < woken) { came_too_late(woken); }
@@ -2582,7 +2571,8 @@ private:
         if (places() > 0 && room && stop_ != Stop::Leave) { watch(queue_.second, reads); }
         // A busy worker leaves connections to idle ones for a while: or all would wake for one.
         const Time accept_at =
-            std::max(accept_again_, has_idle_slot() ? now_ : last_begin_ + kAcceptDelay);
+            std::max(accept_again_,
+                     has_idle_slot() ? now_ : std::max(last_begin_, last_accept_) + kAcceptDelay);
         for (const Listener& each : listeners_) {
             if (booted_ && stop_ == Stop::No && now_ >= accept_at) { watch(each.fd, reads); }
         }
@@ -2633,7 +2623,7 @@ private:
         }
         tick_runners();
 #ifndef __APPLE__  // whose kernel may shut the reading side of a socket that only a message holds
-        if (stop_ == Stop::Leave) { hand_over_readers(); }
+        if (stop_ == Stop::Leave && !is_ready(queue_.second)) { pass_on_readers(); }
 #endif
         const bool idle =
             connected_ == 0 && runners_.size() == 1 && has_idle_slot() && !runners_.front().busy();
@@ -2736,7 +2726,8 @@ private:
     void accept_clients() {
         const bool wanted = wants_request();
         for (size_t n = listeners_.size(); n > 0 && now_ >= accept_again_; --n) {
-            const Listener& listener = listeners_[next_listener_++ % listeners_.size()];
+            const Listener& listener = listeners_.front();  // who is first now is last then
+            listeners_.splice(listeners_.end(), listeners_, listeners_.begin());
             for (int i = 0; i < 16 && (!wanted || wants_request()); ++i) {
                 if (!accept_client(listener)) { break; }
                 dispatch();
@@ -2886,13 +2877,13 @@ private:
         if (https && c.parser.request.http > 0) {
             return refuse(c, {400, "contradicting X-Forwarded fields"});
         }
-        const Request request = std::move(c.parser.request);  // its memory goes when we have env
+        const Request request = std::exchange(c.parser.request, Request());  // goes: there is env
         c.minor = request.minor;
         c.bodyless = request.method == "HEAD";
-        c.closes = same_name(lookup(request.fields, "HTTP_CONNECTION"), "close");
+        c.closes = same_name(request.field("HTTP_CONNECTION"), "close");
         c.env = make_environ(request, c.ends, https ? "https" : "http");
         if (g_log.level == Level::Debug) { log(Level::Debug, escape(c.parser.request_line)); }
-        release(c.taken);
+        discard(c.taken);
         set_state(c, State::ReadBody);
         if (too_large(request.length)) { return refuse(c, {413, "the body is too large"}); }
         if (request.expect_continue && (c.parser.at.chunked || request.length > 0)) {
@@ -2911,7 +2902,7 @@ private:
             c.env.insert(sizeof "CONTENT_LENGTH", to_string(c.body.size()));
         }
         c.more = !c.in.empty();
-        release(c.in);
+        discard(c.in);
         c.started = now_;
         set_state(c, State::Ready);
     }
@@ -2923,7 +2914,8 @@ private:
                   to_string(error.code) + " to " + c.ends.peer + ": " + error.text);
         c.minor = std::max(c.minor, c.parser.request.minor);  // perhaps only part of one
         c.bodyless = c.bodyless || c.parser.request_line.find("HEAD ") == 0;
-        for (string* part : {&c.in, &c.taken, &c.parser.request.fields}) { release(*part); }
+        discard(c.in), discard(c.taken);
+        c.parser.request = Request();
         string body;
         c.response = error_response(error.code, body);
         c.head = final_head(c.response, c.minor, false);
@@ -2955,7 +2947,7 @@ private:
     /// has promised to send no more is spared both: close() sends these, too.
     void finish(Connection& c) {
         write_access(c);
-        release(c.env);
+        discard(c.env);
         if (c.broken && !c.chunked && c.left < 0 && !c.bodyless) {
             const struct linger reset = {1, 0};  // only a reset shows that this response is cut
             ::setsockopt(c.socket.get(), SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
@@ -3012,12 +3004,10 @@ private:
     /// Sends a connection, with all that is known of it, to whichever worker takes it from the
     /// queue. False: it stays here.
     bool enqueue(Connection& c) {
-        const size_t head = c.env.size() + c.taken.size() + c.in.size();
-        string message = head > kMaxMessage ? string() : c.pack();  // it could not be sent
-        const size_t size = std::max(head, message.size());
+        string message = c.pack();
         const int socket = c.socket.get(), file = c.body.file().get();
         int fds[] = {socket, file < 0 ? socket : file};  // always two; one may be a mere copy
-        if (exchange_message(queue_.first, true, message.data(), size, fds) < 0) {
+        if (exchange_message(queue_.first, true, message.data(), message.size(), fds) < 0) {
             queue_again_ = now_ + 10ms;
             return false;
         }
@@ -3036,7 +3026,7 @@ private:
     }
 
     /// A worker that leaves while others stay gives them its unfinished requests, too.
-    void hand_over_readers() {
+    void pass_on_readers() {
         for (const auto& c : connections_) {
             const bool reader = c && c->state <= State::ReadBody && c->out.size() == 0;
             if (reader && !enqueue(*c) && errno != EMSGSIZE) { return; }
@@ -3097,6 +3087,10 @@ private:
     //              SIGKILL (end_runner)
     //   useless    lose_slot: SIGKILL, after a broken protocol at once, else in a second
     //   dead       by itself: SIGCHLD brings it to bury() at once
+    //
+    // A request ends step by step: end_turn() at the runner's end frame, or before; end_reply()
+    // when the client has all that it will get; end_response() sends the rest of that, or an error
+    // page; end_request() makes the slot go on.
 
     template <typename Action>
     void each_slot(Action action) {
@@ -3244,9 +3238,7 @@ private:
             if (event == Event::Piece && slot.current() != nullptr) { take_reply(slot, piece); }
         }
         Connection* c = slot.current();
-        if (c == nullptr || c->state != State::Reply) { return true; }
-        flush(*c);
-        settle(*c);
+        if (c != nullptr && c->state == State::Reply) { flush(*c), settle(*c); }
         return true;
     }
 
@@ -3284,13 +3276,10 @@ private:
             piece.substr(0, static_cast<size_t>(std::min<int64_t>(most, INT_MAX)));
         if (c.left >= 0) { c.left -= static_cast<int64_t>(fits.size()); }
         c.body_bytes += static_cast<int64_t>(fits.size());
-        if (c.chunked && !fits.empty()) {
-            char size[20];
-            std::snprintf(size, sizeof size, "%zx\r\n", fits.size());
-            send_or_keep(c, {size, fits, "\r\n"});
-        } else {
-            send_or_keep(c, {fits});
-        }
+        const bool chunk = c.chunked && !fits.empty();
+        char size[20] = "";
+        if (chunk) { std::snprintf(size, sizeof size, "%zx\r\n", fits.size()); }
+        send_or_keep(c, {size, fits, chunk ? "\r\n" : ""});
         if (fits.size() == piece.size()) { return; }
         if (!c.bodyless) {
             log_about(c, Level::Error, "The response is longer than its Content-Length");
@@ -3426,7 +3415,7 @@ private:
         Connection* c = slot.current();
         slot.turns.front().client = nullptr;
         log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(runner.pid) + "): no answer for " +
-                                 get<&Config::timeout>(config_) +
+                                 to_string(config_.timeout) +
                                  " s: " + escape(slot.turns.front().request));
         restart_at_ = std::min(restart_at_, now_ + 1s);  // whatever befell those before
         if (runner.signal == 0 && std::exchange(runner.phase, Phase::Hung) != Phase::Hung) {
@@ -3438,10 +3427,14 @@ private:
         if (c != nullptr) { end_response(*c, false, {504, "the application did not answer"}); }
     }
 
-    /// A runner without work leaves as any Python program does, or is killed.
+    /// A runner without work leaves as any Python program does, or is killed. SIGTERM is for what
+    /// the application has to do then; where it wants nothing, that does nothing.
     void dismiss(Runner& runner) {
         const bool booting = runner.phase == Phase::Booting, now = stop_ == Stop::Now;
         kill_runner_after(runner, booting ? 0ms : now ? kKillDelay / 2 : config_.graceful_timeout);
+        if (config_.runner.empty() && !booting && runner.slots[0].pipe()) {
+            ::kill(runner.pid, runner.signal = SIGTERM);
+        }
         for (Slot& slot : runner.slots) { slot.close_requests(); }
         runner.phase = Phase::Retired;
     }
@@ -3476,10 +3469,9 @@ private:
                 (lines += lines.empty() ? ": " : ", ") += escape(turn.request);
             }
         }
-        const bool ours = WIFSIGNALED(status) && runner.signal != 0;
-        if ((has_work() && !retired) || (status != 0 && runner.signal == 0)) {
-            log(Level::Error,
-                runner.name() + exit_text(status) + (ours ? ", sent by this server" : "") + lines);
+        const bool ours = WIFSIGNALED(status) && WTERMSIG(status) == runner.signal;
+        if ((has_work() && !retired) || (status != 0 && !ours)) {
+            log(Level::Error, runner.name() + exit_text(status, ours) + lines);
         }
         for (Connection* c : clients) { end_response(*c, false, {502, "the runner died"}); }
         if (has_work() && !retired) { runner_failed(status); }
@@ -3495,7 +3487,7 @@ private:
         const bool none_ran = code == kWorkerBootError || code >= 126;  // of sh: 126 …
         if (!booted_) { status_ = none_ran ? kWorkerBootError : kAppLoadError; }
         if (++failures_ > 1) {
-            log(Level::Warning, "The next runner starts in " + to_string(delay.count()) + " s");
+            log(Level::Warning, "The next runner starts in " + to_string(delay) + " s");
         }
         restart_at_ = now_ + delay;
         next_tick_ = now_;
@@ -3544,7 +3536,7 @@ private:
     }
 
     const Config& config_;
-    std::vector<Listener>& listeners_;
+    std::list<Listener>& listeners_;
     int closed_ = 0;     // once it stops: how many have been accepted from the last of these
     const Pair& queue_;  // first is sent into, second received from
     const Fd& tmp_;      // the heartbeat file
@@ -3554,8 +3546,7 @@ private:
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
     std::list<Connection*> ready_;                         // complete, waiting here for a runner
     int connected_ = 0, status_ = 0, max_fd_ = 0;
-    int failures_ = 0;          // runners that ended in a row without a request
-    size_t next_listener_ = 0;  // the one to begin with
+    int failures_ = 0;  // runners that ended in a row without a request
     Stop stop_ = Stop::No;
     bool booted_ = false, spinner_ = false;
     bool logs_access_ = true;  // the last line of the access log was written
@@ -3564,7 +3555,7 @@ private:
     fd_set reads_{}, writes_{};  // what select() watches for the connections
     fd_set hot_{}, fresh_{};     // of reads_: about whom there was news lately; since the last tick
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
-    Time queue_again_ = now_, restart_at_ = now_, look_again_ = now_;
+    Time queue_again_ = now_, restart_at_ = now_, hot_until_ = now_;
     Time last_begin_ = now_;          // when a request went out last
     Time stopped_{}, thawed_{};       // when we were told to stop; went on after a freeze
     Time last_accept_{}, lost_at_{};  // when a client came in last; when one was taken by others
@@ -3593,7 +3584,7 @@ struct WorkerInfo {
 
 class Arbiter {
 public:
-    Arbiter(Config& config, std::vector<Listener> listeners)
+    Arbiter(Config& config, std::list<Listener> listeners)
         : config_(config), listeners_(std::move(listeners)) {}
 
     /// Runs the server until it is told to stop; returns the exit status.
@@ -3699,7 +3690,7 @@ private:
         string sockets;
         for (const Listener& each : listeners_) {
             ::fcntl(each.fd.get(), F_SETFD, 0);
-            sockets += to_string(each.fd.get()) + ":" + to_string(each.inode) + ":";
+            sockets += to_string(each.fd.get()) + ":" + to_string(each.bound_at) + ":";
         }
         ::setenv("SERVER_SOCKETS", sockets.c_str(), 1);
         ::setenv("SERVER_UPGRADE", to_string(master).c_str(), 1);  // who may have gone already
@@ -3713,7 +3704,7 @@ private:
         config_.old_master = 0;
         log(Level::Info, "Master has been promoted.");
         const string beside = config_.pidfile;  // or empty: then rename() does nothing
-        config_.pidfile = string_view(beside).substr(0, string_view(beside).rfind(".2"));
+        config_.pidfile = beside.substr(0, beside.rfind('.'));
         (void)::rename(beside.c_str(), config_.pidfile.c_str());
     }
 
@@ -3741,7 +3732,7 @@ private:
         reload_at_ = Time::max();
         if (stopping_) { return; }
         log(Level::Info, "Hang up: Master");
-        const auto now = std::chrono::duration_cast<microseconds>(woken_.time_since_epoch());
+        const auto now = std::chrono::duration_cast<microseconds>(Clock::now().time_since_epoch());
         notify_systemd("RELOADING=1\nMONOTONIC_USEC=" + to_string(now.count()));
         paused_ = false;
         next_directory_ = Fd(::open(config_.chdir.c_str(), O_DIRECTORY | O_CLOEXEC));
@@ -3770,8 +3761,7 @@ private:
             }
             if (worker.booted || (info.st_mode & 2) == 0) { continue; }
             worker.booted = ever_booted_ = true;
-            const string count = to_string(config_.workers);
-            notify_systemd("READY=1\nSTATUS=" + count + " workers");
+            notify_systemd("READY=1\nSTATUS=" + to_string(config_.workers) + " workers");
             if (config_.check_config) { halt(SIGUSR2); }
             if (worker.generation <= generation_) { continue; }
             generation_ = worker.generation, spawn_again_ = now_, failures_ = 0;
@@ -3808,10 +3798,8 @@ private:
             const WorkerInfo worker = std::move(*found);
             workers_.erase(workers_.begin() + (found - workers_.data()));
             const bool ours = worker.aborted || now_ >= worker.stop_by;
-            if (status != 0) {
-                log(Level::Error, "Worker (pid:" + to_string(pid) + ") " + exit_text(status) +
-                                      (ours ? ", sent by this server" : ""));
-            }
+            const string name = "Worker (pid:" + to_string(pid) + ") ";
+            if (status != 0) { log(Level::Error, name + exit_text(status, ours)); }
             if (!stopping_) { worker_lost(worker, WIFEXITED(status) ? WEXITSTATUS(status) : 0); }
         }
     }
@@ -3833,8 +3821,7 @@ private:
         failures_ = worker.booted && now_ > worker.spawned + 5s ? 0 : failures_ + 1;
         const seconds delay = backoff(failures_ - 1);
         if (delay > 0s) {
-            log(Level::Warning,
-                "Workers fail: the next starts in " + to_string(delay.count()) + " s");
+            log(Level::Warning, "Workers fail: the next starts in " + to_string(delay) + " s");
         }
         spawn_again_ = now_ + delay;
     }
@@ -3892,7 +3879,7 @@ private:
         {SIGTERM, "term"}, {SIGTTIN, "ttin"}, {SIGTTOU, "ttou"},
         {SIGUSR1, "usr1"}, {SIGUSR2, "usr2"}, {SIGWINCH, "winch"}};
     Config& config_;  // `workers`, `pidfile` and `old_master` change
-    std::vector<Listener> listeners_;
+    std::list<Listener> listeners_;
     Pair queue_;
     std::vector<WorkerInfo> workers_;  // the oldest first
     pid_t reexec_pid_ = 0;             // another master, our child
@@ -3931,7 +3918,7 @@ Error apply(Config& config) {
         const int end = 3 + static_cast<int>(std::min<int64_t>(count, FD_SETSIZE / 2));
         for (int fd = 3; fd < end; ++fd) { config.sockets += to_string(fd) + ":0:"; }
     }
-    config.files = set_soft_limit(4 * FD_SETSIZE);
+    config.soft_limit = set_soft_limit(4 * FD_SETSIZE);
     const rlim_t limit = set_soft_limit(4 * FD_SETSIZE);  // again: returns what it is now
     const bool ample = limit >= 4 * FD_SETSIZE && config.threads == 1;
     config.pipes = !config.runner.empty() ? 1 : ample ? config.pipes : 2;
@@ -3947,7 +3934,7 @@ Error apply(Config& config) {
     if (most < 1 && config.threads > 1) { return {1, "too few descriptors for so many --threads"}; }
     most = std::max(1, most);
     const rlim_t needed = std::min(limit, static_cast<rlim_t>(8 * config.threads + 20));
-    config.files = std::max(config.files, needed);
+    config.soft_limit = std::max(config.soft_limit, needed);
     Fd probe;
     if (config.worker_tmp_dir.empty()) {  // a disk that stalls must not look like a dead worker
         config.worker_tmp_dir = make_temp_file("/dev/shm", probe) ? temp_dir() : "/dev/shm";
@@ -3957,10 +3944,12 @@ Error apply(Config& config) {
     for (const string& pair : config.raw_env) {  // as the workers will have it
         if (pair.find("TMPDIR=/") == 0) { spool_dir = pair.substr(7); }
     }
-    for (const string& dir : {config.worker_tmp_dir, spool_dir}) {
-        if (Error error = make_temp_file(dir, probe)) { return error; }
-    }
+    if (Error error = make_temp_file(config.worker_tmp_dir, probe)) { return error; }
     if (Error error = resolve_user(config)) { return error; }
+    {
+        const AsUser user(config, config.uid != ::geteuid());
+        if (Error error = make_temp_file(spool_dir, probe)) { return error; }
+    }
     if (Error error = check_pidfile(config)) { return error; }
     if (config.errorlog.empty()) { config.errorlog = "-"; }
     for (string* path : {&config.errorlog, &config.accesslog}) {  // for whoever opens them again
@@ -3984,14 +3973,13 @@ Error apply(Config& config) {
 }
 
 /// Takes over inherited sockets or else binds all addresses; --check-config needs none of them.
-Error bind_all(const Config& config, std::vector<Listener>& listeners) {
+Error bind_all(const Config& config, std::list<Listener>& listeners) {
     for (string_view rest = config.sockets; !rest.empty();) {
-        int64_t fd, inode;
+        int64_t fd;
         parse_number(cut(rest, ':'), fd);
-        parse_number(cut(rest, ':'), inode);
         Listener& made = listeners.emplace_back();
         if (Error error = describe(Fd(static_cast<int>(fd)), made)) { return error; }
-        made.inode = static_cast<ino_t>(inode);
+        parse_number(cut(rest, ':'), made.bound_at);
     }
     if (config.check_config) { listeners.clear(); }
     for (const string& text : config.bind) {
@@ -3999,12 +3987,11 @@ Error bind_all(const Config& config, std::vector<Listener>& listeners) {
         if (Error error = parse_address(text, address)) { return error; }
         if (config.check_config || !config.sockets.empty()) { continue; }
         Listener& made = listeners.emplace_back();
-        Error error = bind_address(address, config, made);
-        for (int tries = 0; error && errno == EADDRINUSE && tries < 2; ++tries) {
+        Error error;
+        for (int tries = 0; (error = bind_address(address, config, made)); ++tries) {
+            if (errno != EADDRINUSE || tries == 2) { return error; }
             ::sleep(1);  // the workers of a master that was killed go within a second
-            error = bind_address(address, config, made);
         }
-        if (error) { return error; }
     }
     return {};
 }
@@ -4019,7 +4006,7 @@ int main(int argc, char** argv) {
     Config config;
     config.directory = current_directory();
     config.argv = Strings(argv, argv + argc);
-    std::vector<Listener> listeners;
+    std::list<Listener> listeners;
     Error error = parse_command_line({argv + std::min(argc, 1), argv + argc}, config);
     if (!error && config.help) { return print_help(), 0; }
     if (!error && config.version) { return std::puts((string("server ") + kVersion).c_str()), 0; }
