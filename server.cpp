@@ -1104,6 +1104,8 @@ void unlink_sockets(const std::list<Listener>& listeners) {
 
 // ============================================================================
 //  5. Process chores: users, files of our own, supervisors
+//
+//  Each is a few calls that a good Unix process makes, in the order that they need.
 // ============================================================================
 
 /// Finds the numbers of --user and --group. Only root can become another user.
@@ -1665,6 +1667,8 @@ string make_environ(const Request& r, const Endpoints& ends, string_view scheme 
 
 // ============================================================================
 //  7. Response: what the application said, checked, and the head that the client gets
+//
+//  Text in, text out, as with requests: a client is never sent what has not been looked at.
 // ============================================================================
 struct Response {
     int status = 0;  // 0: nothing has been said yet
@@ -1968,7 +1972,7 @@ def reopen(path):
             for fd in (1, 2): os.dup2(log.fileno(), fd)
     except OSError: report()
 
-def main(name, paths, software, several, files, threads, *fds):
+def main(name, paths, software, several, files, count, *fds):
     faulthandler.enable()  # SIGABRT, and crashes, print the stack of every thread
     for file in sys.stdout, sys.stderr:  # -u would write parts of lines, among those of others
         file.reconfigure(line_buffering=True, write_through=False)
@@ -2008,7 +2012,7 @@ def main(name, paths, software, several, files, threads, *fds):
     if files:
         Slot.files = raise_fd(files), set()
         list_files(*Slot.files, names)
-    each = len(pipes) // int(threads)
+    each = len(pipes) // int(count)
     slots = [Slot(pipes[i:i + each], app) for i in range(0, len(pipes), each)]
     base = {"wsgi.errors": sys.stderr, "wsgi.multithread": len(slots) > 1, "wsgi.run_once": False,
             "wsgi.file_wrapper": file_wrapper, "SERVER_SOFTWARE": software, "wsgi.version": (1, 0),
@@ -2344,6 +2348,9 @@ ssize_t exchange_message(const Fd& queue, bool send, char* data, size_t size, in
 
 // ============================================================================
 //  10. Worker: one select loop between clients, the ready queue and the runner
+//
+//  No call but select() waits for a client or an application: who is slow costs no other a moment.
+//  What a worker knows stands at the end of the class.
 // ============================================================================
 constexpr auto kGather = 1200ms;     // from a worker's wish for a reload to it: others will wish it
 constexpr auto kTick = 100ms;        // how exact a deadline is
@@ -3894,7 +3901,31 @@ private:
 
 // ============================================================================
 //  12. main: puts the settings into force, binds or inherits the sockets
+//
+//  What can be wrong is found here, while somebody is there to read it.
 // ============================================================================
+
+/// How many descriptors there are for the pipes of a slot, and for connections: `most`.
+Error share_descriptors(Config& config, int& most) {
+    config.soft_limit = set_soft_limit(4 * FD_SETSIZE);
+    const rlim_t limit = set_soft_limit(4 * FD_SETSIZE);  // again: returns what it is now
+    const bool ample = limit >= 4 * FD_SETSIZE && config.threads == 1;
+    config.pipes = !config.runner.empty() ? 1 : ample ? config.pipes : 2;
+    // What select() sees beside clients: two descriptors a slot, of two runners at a time, and what
+    // was open before this one. Out of its range, if there is room: other ends of pipes, those of a
+    // runner that is starting, and a file for each client.
+    int others = 10 + 4 * config.threads + static_cast<int>(config.bind.size());
+    for (int fd = 0; fd < FD_SETSIZE; ++fd) { others += ::fcntl(fd, F_GETFD) >= 0 ? 1 : 0; }
+    const int far = 5 + (5 * config.pipes + 1) * config.threads;
+    const int all = static_cast<int>(limit) - others;
+    most = std::min(FD_SETSIZE - others, (all - far) / 2);
+    if (others >= FD_SETSIZE) { return {1, "too many descriptors are open"}; }
+    if (most < 1 && config.threads > 1) { return {1, "too few descriptors for so many --threads"}; }
+    most = std::max(1, most);
+    const rlim_t needed = std::min(limit, static_cast<rlim_t>(8 * config.threads + 20));
+    config.soft_limit = std::max(config.soft_limit, needed);
+    return {};
+}
 
 /// Puts the settings into force: directory, descriptors, logs.
 Error apply(Config& config) {
@@ -3918,23 +3949,8 @@ Error apply(Config& config) {
         const int end = 3 + static_cast<int>(std::min<int64_t>(count, FD_SETSIZE / 2));
         for (int fd = 3; fd < end; ++fd) { config.sockets += to_string(fd) + ":0:"; }
     }
-    config.soft_limit = set_soft_limit(4 * FD_SETSIZE);
-    const rlim_t limit = set_soft_limit(4 * FD_SETSIZE);  // again: returns what it is now
-    const bool ample = limit >= 4 * FD_SETSIZE && config.threads == 1;
-    config.pipes = !config.runner.empty() ? 1 : ample ? config.pipes : 2;
-    // What select() sees beside clients: two descriptors a slot, of two runners at a time, and what
-    // was open before this one. Out of its range, if there is room: other ends of pipes, those of a
-    // runner that is starting, and a file for each client.
-    int others = 10 + 4 * config.threads + static_cast<int>(config.bind.size());
-    for (int fd = 0; fd < FD_SETSIZE; ++fd) { others += ::fcntl(fd, F_GETFD) >= 0 ? 1 : 0; }
-    const int far = 5 + (5 * config.pipes + 1) * config.threads;
-    const int all = static_cast<int>(limit) - others;
-    int most = std::min(FD_SETSIZE - others, (all - far) / 2);
-    if (others >= FD_SETSIZE) { return {1, "too many descriptors are open"}; }
-    if (most < 1 && config.threads > 1) { return {1, "too few descriptors for so many --threads"}; }
-    most = std::max(1, most);
-    const rlim_t needed = std::min(limit, static_cast<rlim_t>(8 * config.threads + 20));
-    config.soft_limit = std::max(config.soft_limit, needed);
+    int most = 0;
+    if (Error error = share_descriptors(config, most)) { return error; }
     Fd probe;
     if (config.worker_tmp_dir.empty()) {  // a disk that stalls must not look like a dead worker
         config.worker_tmp_dir = make_temp_file("/dev/shm", probe) ? temp_dir() : "/dev/shm";
