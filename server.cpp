@@ -811,7 +811,9 @@ Error open_logs(const Config& config) {
     for (const int fd : {STDOUT_FILENO, STDERR_FILENO}) {
         if (config.detached) { ::dup2(g_log.error_file.get(), fd); }
     }
+    const int why = errno;
     const Error other = open_log(config, config.accesslog, STDOUT_FILENO, g_log.access_file);
+    if (error) { errno = why; }
     return error ? error : other;
 }
 
@@ -1989,7 +1991,7 @@ def main(name, paths, software, several, files, count, *fds):
         with open(os.devnull, "r+b", 0) as null:
             for fd in pipes: os.dup2(null.fileno(), fd, False)
     pipes = [raise_fd(fd) for fd in fds]
-    stay, masks, names = lambda *_: None, {}, []
+    stay, masks, names, threads = lambda *_: None, {}, [], []
     def block(): masks[_thread.get_ident()] = pthread_sigmask(SIG_BLOCK, [SIGTERM])
     def unblock(): pthread_sigmask(SIG_SETMASK, masks.pop(_thread.get_ident()))
     signal(SIGTERM, stay), siginterrupt(SIGTERM, False)  # to all of a service: the server ends us
@@ -2017,7 +2019,6 @@ def main(name, paths, software, several, files, count, *fds):
     base = {"wsgi.errors": sys.stderr, "wsgi.multithread": len(slots) > 1, "wsgi.run_once": False,
             "wsgi.file_wrapper": file_wrapper, "SERVER_SOFTWARE": software, "wsgi.version": (1, 0),
             "wsgi.multiprocess": bool(several), "wsgi.input_terminated": True}
-    threads = []
     for slot in slots[1:]:
         import threading  # which takes its time, too
         Slot.failures = BaseException  # sys.exit() would end the thread, or those beside it
@@ -2026,6 +2027,7 @@ def main(name, paths, software, several, files, count, *fds):
     if app is not None: slots[0].write([b"0:,"])
     slots[0].serve(base)
     for thread in threads: thread.join()
+    if callable(getsignal(SIGTERM)): os.kill(os.getpid(), SIGTERM)  # what the application does then
 
 main(*map(os.fsdecode, settings))
 )py";
@@ -2616,7 +2618,12 @@ private:
     void tick() {
         if (::getppid() != arbiter_) { stop(Stop::Now); }
         const auto grace = std::max<Clock::duration>(config_.graceful_timeout, 2 * kTick);
-        if (stop_ != Stop::No && stop_ != Stop::Now && now_ >= stopped_ + grace) { give_up(); }
+        const bool over = stop_ != Stop::No && stop_ != Stop::Now && now_ >= stopped_ + grace;
+#ifndef __APPLE__  // whose kernel may shut the reading side of a socket that only a message holds
+        // Behind what waits for a runner nobody would read them; but in the end that is better.
+        if (stop_ == Stop::Leave && (over || !is_ready(queue_.second))) { pass_on_readers(); }
+#endif
+        if (over) { give_up(); }
         if (now_ >= next_notify_) {
             notify();
             if (config_.reload) { watch_files(); }
@@ -2629,9 +2636,6 @@ private:
             settle(*c);
         }
         tick_runners();
-#ifndef __APPLE__  // whose kernel may shut the reading side of a socket that only a message holds
-        if (stop_ == Stop::Leave && !is_ready(queue_.second)) { pass_on_readers(); }
-#endif
         const bool idle =
             connected_ == 0 && runners_.size() == 1 && has_idle_slot() && !runners_.front().busy();
         next_tick_ = idle ? next_notify_ : now_ + kTick;
@@ -2850,9 +2854,7 @@ private:
         if (parsed == Parse::Bad) { return refuse(c, c.parser.error); }
         if (c.state == State::ReadHead) { c.taken += fresh.substr(0, fresh.size() - in.size()); }
         c.in = string(in);
-        if (c.head_memory() > kPiece && head_memory_ > kWorkerMemory) {
-            return refuse(c, {503, "no memory for so large a head"});
-        }
+        if (refuse_large(c, c.state == State::ReadHead ? c.head_memory() : c.in.size())) { return; }
         if (too_large(c.body.size())) { return refuse(c, {413, "the body is too large"}); }
         if (c.body.failed()) {
             return refuse(c, {507, os_error("no room on disk for the body").text});
@@ -2860,6 +2862,13 @@ private:
         if (parsed == Parse::Done) { return ready(c); }
         if (c.eof) { return refuse(c, {400, "the request ends early"}); }
         c.since = now_;
+    }
+
+    /// Whether a head, or a line of a body, is too large for what all heads have taken already.
+    bool refuse_large(Connection& c, size_t held) {
+        const bool large = held > kPiece && head_memory_ > kWorkerMemory;
+        if (large) { refuse(c, {503, "no memory for so large a head"}); }
+        return large;
     }
 
     /// The PROXY header that may stand before a request. Head: the request begins.
@@ -2892,6 +2901,7 @@ private:
         if (g_log.level == Level::Debug) { log(Level::Debug, escape(c.parser.request_line)); }
         discard(c.taken);
         set_state(c, State::ReadBody);
+        if (refuse_large(c, c.env.size())) { return; }
         if (too_large(request.length)) { return refuse(c, {413, "the body is too large"}); }
         if (request.expect_continue && (c.parser.at.chunked || request.length > 0)) {
             c.out.append("HTTP/1.1 100 Continue\r\n\r\n", kReplyMemory);
@@ -3011,10 +3021,12 @@ private:
     /// Sends a connection, with all that is known of it, to whichever worker takes it from the
     /// queue. False: it stays here.
     bool enqueue(Connection& c) {
-        string message = c.pack();
+        const size_t head = c.env.size() + c.taken.size() + c.in.size();
+        string message = head > kMaxMessage ? string() : c.pack();  // it could not be sent
+        const size_t size = std::max(head, message.size());
         const int socket = c.socket.get(), file = c.body.file().get();
         int fds[] = {socket, file < 0 ? socket : file};  // always two; one may be a mere copy
-        if (exchange_message(queue_.first, true, message.data(), message.size(), fds) < 0) {
+        if (exchange_message(queue_.first, true, message.data(), size, fds) < 0) {
             queue_again_ = now_ + 10ms;
             return false;
         }
@@ -3434,14 +3446,10 @@ private:
         if (c != nullptr) { end_response(*c, false, {504, "the application did not answer"}); }
     }
 
-    /// A runner without work leaves as any Python program does, or is killed. SIGTERM is for what
-    /// the application has to do then; where it wants nothing, that does nothing.
+    /// A runner without work leaves as any Python program does, or is killed.
     void dismiss(Runner& runner) {
         const bool booting = runner.phase == Phase::Booting, now = stop_ == Stop::Now;
         kill_runner_after(runner, booting ? 0ms : now ? kKillDelay / 2 : config_.graceful_timeout);
-        if (config_.runner.empty() && !booting && runner.slots[0].pipe()) {
-            ::kill(runner.pid, runner.signal = SIGTERM);
-        }
         for (Slot& slot : runner.slots) { slot.close_requests(); }
         runner.phase = Phase::Retired;
     }
@@ -3476,7 +3484,7 @@ private:
                 (lines += lines.empty() ? ": " : ", ") += escape(turn.request);
             }
         }
-        const bool ours = WIFSIGNALED(status) && WTERMSIG(status) == runner.signal;
+        const bool ours = runner.signal != 0 || (retired && WTERMSIG(status) == SIGTERM);
         if ((has_work() && !retired) || (status != 0 && !ours)) {
             log(Level::Error, runner.name() + exit_text(status, ours) + lines);
         }
@@ -3591,8 +3599,8 @@ struct WorkerInfo {
 
 class Arbiter {
 public:
-    Arbiter(Config& config, std::list<Listener> listeners)
-        : config_(config), listeners_(std::move(listeners)) {}
+    Arbiter(Config& config, std::list<Listener>& listeners)
+        : config_(config), listeners_(listeners) {}
 
     /// Runs the server until it is told to stop; returns the exit status.
     int run() {
@@ -3886,7 +3894,7 @@ private:
         {SIGTERM, "term"}, {SIGTTIN, "ttin"}, {SIGTTOU, "ttou"},
         {SIGUSR1, "usr1"}, {SIGUSR2, "usr2"}, {SIGWINCH, "winch"}};
     Config& config_;  // `workers`, `pidfile` and `old_master` change
-    std::list<Listener> listeners_;
+    std::list<Listener>& listeners_;
     Pair queue_;
     std::vector<WorkerInfo> workers_;  // the oldest first
     pid_t reexec_pid_ = 0;             // another master, our child
@@ -4035,5 +4043,5 @@ int main(int argc, char** argv) {
         return std::fputs(("Error: " + error.text + "\n").c_str(), stderr), error.code;
     }
     make_title_room(config, argv, argc);
-    return Arbiter(config, std::move(listeners)).run();
+    return Arbiter(config, listeners).run();
 }
