@@ -1264,8 +1264,8 @@ constexpr int kMaxHead = 1 << 20, kMaxChunkLine = 8192;  // bytes, whatever the 
 struct Request {
     string method, target, path, query, host;  // host: of an absolute target
     int minor = 0;                             // HTTP/1.minor, 0 or 1
-    std::map<string, string, std::less<string_view>>
-        fields;               // as in the environ; repeated ones are joined
+    using Fields = std::map<string, string, std::less<string_view>>;
+    Fields fields;            // as in the environ; repeated ones are joined
     size_t field_memory = 0;  // about what these take
     int64_t length = -1;      // Content-Length; -1: none
     bool expect_continue = false;
@@ -1501,7 +1501,7 @@ private:
     /// What only the whole head tells: the host, Expect, and how the body is framed.
     Error finish_head() {
         Request& r = request;
-        string_view host = r.host;
+        string_view host = r.host;  // of the target: also where there is no such field
         if (!host.empty()) { r.fields.emplace(string("HTTP_HOST"), host); }
         const string_view expect = r.field("HTTP_EXPECT");
         r.expect_continue = expect.data() != nullptr && r.minor > 0;
@@ -3970,7 +3970,7 @@ Error apply(Config& config) {
     }
     if (Error error = make_temp_file(config.worker_tmp_dir, probe)) { return error; }
     if (Error error = resolve_user(config)) { return error; }
-    {
+    {  // he keeps large bodies there
         const AsUser user(config, config.uid != ::geteuid());
         if (Error error = make_temp_file(spool_dir, probe)) { return error; }
     }
