@@ -46,6 +46,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 #ifdef __linux__
+#include <malloc.h>
 #include <sys/prctl.h>
 #endif
 #ifdef __APPLE__
@@ -490,10 +491,13 @@ Error read_number(string_view text, int64_t low, int64_t high, int64_t& number) 
     return {1, string(text) + " is not in " + to_string(low) + " to " + to_string(high)};
 }
 
-/// Sets a string, adds to a list, raises a flag, or reads a number from Low to High.
-template <auto Member, int64_t Low = 0, int64_t High = INT_MAX>
-Error set(Config& config, [[maybe_unused]] string_view text) {
-    using T = std::decay_t<decltype(config.*Member)>;
+template <auto Member>
+using Type = std::decay_t<decltype(std::declval<Config>().*Member)>;
+
+/// Sets a string or a number, adds to a list, or raises a flag.
+template <auto Member>
+void set(Config& config, [[maybe_unused]] string_view text, [[maybe_unused]] int64_t number) {
+    using T = Type<Member>;
     if constexpr (std::is_same_v<T, string>) {
         config.*Member = text;
     } else if constexpr (std::is_same_v<T, Strings>) {
@@ -501,18 +505,19 @@ Error set(Config& config, [[maybe_unused]] string_view text) {
     } else if constexpr (std::is_same_v<T, bool>) {
         config.*Member = true;
     } else {
-        int64_t number = 0;
-        Error error = read_number(text, Low, High, number);
-        if (!error) { config.*Member = T(number); }
-        return error;
+        config.*Member = T(number);
     }
-    return {};
 }
 
-Error set_workers(Config& config, string_view text) {
-    if (text != "auto") { return set<&Config::workers, 1, 1000>(config, text); }
-    config.workers = static_cast<int>(std::clamp(::sysconf(_SC_NPROCESSORS_ONLN), 1L, 1000L));
-    return {};
+Error check_workers(string_view text) {
+    int64_t number = 0;
+    return text == "auto" ? Error{} : read_number(text, 1, 1000, number);
+}
+
+void set_workers(Config& config, string_view text, int64_t number) {
+    const bool given = parse_number(text, number);
+    if (!given) { number = std::clamp(::sysconf(_SC_NPROCESSORS_ONLN), 1L, 1000L); }
+    config.workers = static_cast<int>(number);
 }
 
 constexpr const char* kLevels[] = {"DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"};
@@ -551,9 +556,10 @@ Error check_umask(string_view text) {
 
 struct Option {
     const char* text;  // "-x, --name VALUE: what it does"; the letter and the value may be missing
-    Error (*set)(Config&, string_view);
+    void (*set)(Config&, string_view, int64_t);
     string (*get)(const Config&);  // nullptr: not shown
     Error (*check)(string_view) = nullptr;
+    int64_t low = 0, high = -1;  // of a number; else high is below low
 
     string_view usage() const { return {text, std::strcspn(text, ":")}; }
     const char* help() const { return text + usage().size() + 2; }
@@ -566,14 +572,17 @@ struct Option {
 
 template <auto Member, int64_t Low = 0, int64_t High = INT_MAX>
 constexpr Option row(const char* text, Error (*check)(string_view) = nullptr) {
-    return {text, set<Member, Low, High>, get<Member>, check};
+    using T = Type<Member>;
+    constexpr bool is_number = std::is_trivially_copyable_v<T> && !std::is_same_v<T, bool>;
+    return {text, set<Member>, get<Member>, check, Low, is_number ? High : -1};
 }
 
 using C = Config;
 constexpr int64_t kYear = 31'536'000, kMiB = int64_t{1} << 20;
 constexpr Option kOptions[] = {
     row<&C::bind>("-b, --bind ADDRESS: HOST:PORT, [V6]:PORT, :PORT, unix:PATH, fd://N; repeatable"),
-    {"-w, --workers N: worker processes; auto: one a processor", set_workers, get<&C::workers>},
+    {"-w, --workers N: worker processes; auto: one a processor", set_workers, get<&C::workers>,
+     check_workers},
     row<&C::worker_class>("-k, --worker-class NAME: sync or gthread, by --threads",
                           check_word<kWorkerClasses>),
     row<&C::threads, 1, 128>("--threads N: requests that run at a time in each worker"),
@@ -637,7 +646,10 @@ Error parse_option(Config& config, const std::vector<const char*>& args, size_t&
     if (takes_value && !attached && ++i == args.size()) { return {2, arg + " needs a value"}; }
     const string_view value = attached ? args[i] + end + (arg[end] == '=') : args[i];
     Error error = option->check != nullptr ? option->check(value) : Error{};
-    if (!error) { error = option->set(config, value); }
+    int64_t number = 0;
+    const bool is_number = option->low <= option->high;
+    if (is_number) { error = read_number(value, option->low, option->high, number); }
+    if (!error) { option->set(config, value, number); }
     return error ? Error{error.code, "--" + string(option->name()) + ": " + error.text} : error;
 }
 
@@ -650,8 +662,9 @@ Error parse_command_line(const std::vector<const char*>& args, Config& config) {
         if (error) { return {1, "$FORWARDED_ALLOW_IPS: " + error.text}; }
     }
     if (!count.empty()) {
-        const Error error = set_workers(config, count);
+        const Error error = check_workers(count);
         if (error) { return {1, "$WEB_CONCURRENCY: " + error.text}; }
+        set_workers(config, count, 0);
     }
     bool options = true, have_app = false;
     for (size_t i = 0; i < args.size(); ++i) {
@@ -1720,14 +1733,15 @@ Error parse_response(string_view head, Response& r) {
 /// The head as it goes to the client; the date as in RFC 9110 section 5.6.7.
 string final_head(const Response& r, int minor, bool chunked) {
     static time_t last = 0;
-    static string date;
+    static char date[40];
     if (const time_t now = std::time(nullptr); now != std::exchange(last, now)) {
-        date = time_text("Date: %a, %d %b %Y %H:%M:%S GMT\r\n", ::gmtime_r);
+        const string text = time_text("Date: %a, %d %b %Y %H:%M:%S GMT\r\n", ::gmtime_r);
+        std::memcpy(date, text.c_str(), text.size() + 1);
     }
     string head = minor > 0 ? "HTTP/1.1 " : "HTTP/1.0 ";
     head.reserve(256);
     (head += r.line) += r.has_server ? "\r\n" : "\r\nServer: server\r\n";
-    ((head += r.has_date ? "" : date.c_str()) += "Connection: close\r\n") += r.fields;
+    ((head += r.has_date ? "" : date) += "Connection: close\r\n") += r.fields;
     head += chunked ? "Transfer-Encoding: chunked\r\n\r\n" : "\r\n";
     return head;
 }
@@ -2103,6 +2117,7 @@ struct Slot {
     bool answered = false;    // its end frame has come
     bool gone = false;        // it has to be told that its client has
     std::vector<Turn> turns;  // the present request, and those ahead in the pipes that come next
+    Clock::duration mean{};   // that a request takes
     size_t ahead_limit = 0;   // how many these may be: about kAhead of work
     size_t ahead_bytes = kPiece;  // bytes that each may have
     Time since{};                 // when the request went out
@@ -2394,6 +2409,10 @@ private:
     Error init_process() {
         log(Level::Info, "Booting worker with pid: " + to_string(::getpid()));
         set_title(config_, "worker");
+#ifdef M_TRIM_THRESHOLD  // mallopt(3): or each piece of a body would take its memory from the
+                         // kernel
+        ::mallopt(M_TRIM_THRESHOLD, 1 << 20);
+#endif
         if (Error error = make_pipe(g_self_pipe, true)) { return error; }
         set_signals({SIGHUP, SIGTTIN, SIGTTOU, SIGPIPE, SIGXFSZ}, SIG_IGN);
         set_signals({SIGTERM, SIGUSR1, SIGUSR2, SIGINT, SIGQUIT, SIGWINCH, SIGCHLD}, on_signal);
@@ -2509,7 +2528,8 @@ private:
     /// One select(), and what comes of it; then the work of run_requests(), pass_on(),
     /// empty_backlog() and tick().
     void turn() {
-        fd_set reads = now_ < hot_until_ ? hot_ : reads_, writes = writes_;
+        const bool leave_out = connected_ > 64 && now_ < hot_until_;  // it is not worth it for few
+        fd_set reads = leave_out ? hot_ : reads_, writes = writes_;
         const bool all = std::memcmp(&reads, &reads_, sizeof reads) == 0;  // no cold one stays out
         show_title();
         const Time until = prepare(reads, writes);
@@ -2539,9 +2559,15 @@ private:
         }
         const bool called =
             find(listeners_, [&](const Listener& each) { return is_set(each.fd, reads); });
-        if (called && !has_idle_slot()) { accept_clients(); }
+        const bool busy = !has_idle_slot();
+        if (called_ && now_ >= look_at_) {
+            called_ = false, look_at_ = now_ + kAcceptDelay;
+            if (busy) { accept_clients(); }
+        } else if (called && busy) {
+            called_ = true, look_at_ = now_ + kAhead;
+        }
         run_requests();
-        if (called && last_accept_ < woken) { came_too_late(woken); }
+        if (called && !called_ && last_accept_ < woken) { came_too_late(woken); }
         pass_on();
         if (now_ >= accept_again_) { empty_backlog(); }
         if (now_ >= next_tick_) { tick(); }
@@ -2565,7 +2591,7 @@ private:
 
     /// Completes the sets with what depends on the runner, and says when to wake at the latest.
     Time prepare(fd_set& reads, fd_set& writes) {
-        const bool at_once = !ready_.empty() && has_idle_slot();  // run_requests() has its limits
+        const bool idle = has_idle_slot(), at_once = idle && !ready_.empty();  // see run_requests()
         Time until = at_once ? now_ : std::min(next_tick_, pass_at());
         watch(g_self_pipe.first, reads);
         each_slot([&](Slot& slot) {
@@ -2578,10 +2604,10 @@ private:
         });
         const bool room = connected_ <= config_.worker_connections;
         if (places() > 0 && room && stop_ != Stop::Leave) { watch(queue_.second, reads); }
-        // A busy worker leaves connections to idle ones for a while: or all would wake for one.
-        const Time accept_at =
-            std::max(accept_again_,
-                     has_idle_slot() ? now_ : std::max(last_begin_, last_accept_) + kAcceptDelay);
+        // A busy worker leaves connections to idle ones, or all would wake for one: it looks for
+        // them once in kAcceptDelay, and takes those that still wait after kAhead.
+        const Time busy_at = called_ ? look_at_ : std::max(look_at_, last_begin_ + kAcceptDelay);
+        const Time accept_at = std::max(accept_again_, idle ? now_ : busy_at);
         for (const Listener& each : listeners_) {
             if (booted_ && stop_ == Stop::No && now_ >= accept_at) { watch(each.fd, reads); }
         }
@@ -3350,7 +3376,9 @@ private:
         slot.answered = true;
         if (slot.runner->left > 0) { failures_ = 0; }  // else these are its successors'
         const auto took = std::max<Clock::duration>(now_ - slot.since, 1us);
-        slot.ahead_limit = std::min(slot.pipes.size() - 1, static_cast<size_t>(kAhead / took));
+        slot.mean += (took - slot.mean) / 8;  // one quick one among slow ones proves nothing
+        const auto ahead = static_cast<size_t>(kAhead / std::max(took, slot.mean));
+        slot.ahead_limit = std::min(slot.pipes.size() - 1, ahead);
         end_reply(slot, good);
     }
 
@@ -3572,6 +3600,8 @@ private:
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, restart_at_ = now_, hot_until_ = now_;
     Time last_begin_ = now_;          // when a request went out last
+    bool called_ = false;             // by a client, while we were busy
+    Time look_at_ = now_;             // if he still waits; or when to look again
     Time stopped_{}, thawed_{};       // when we were told to stop; went on after a freeze
     Time last_accept_{}, lost_at_{};  // when a client came in last; when one was taken by others
     string shown_;                    // by ps, of what is done here

@@ -5816,6 +5816,32 @@ TEST_CASE("a worker with a busy runner leaves clients to an idle one") {
     CHECK(Reply(slow.read_all()).body == "through");
 }
 
+TEST_CASE("after one quick request among slow ones nobody is overtaken by all who wait") {
+    const Server server(kTools + R"py(
+def numbered(environ, start_response):
+    number = environ["QUERY_STRING"]
+    mark("order", number + " ")
+    if int(number) % 10: time.sleep(0.01)
+    return reply(start_response, number)
+)py",
+                        {"-w", "1"});
+    Client running(server);
+    running.send(get_bytes("/gate"));
+    REQUIRE(wait_file(server, "at_gate"));
+    vector<Client> clients;
+    for (int i = 1; i <= 60; ++i) {
+        clients.emplace_back(server).send(get_bytes("/numbered?" + to_string(i)));
+        CHECK(wait_for([&] { return unread(server.port()) == 0; }));
+    }
+    open_gate(server);
+    for (Client& each : clients) { CHECK(Reply(each.read_all()).status == 200); }
+    std::istringstream order(read_file(server.dir.path + "/order"));
+    int latest = 0, place = 0;
+    for (int number = 0; order >> number;) { latest = std::max(latest, ++place - number); }
+    CHECK(place == 60);
+    CHECK(latest < 12);
+}
+
 TEST_CASE("a request that no runner takes for as long as the timeout gets 503 with Retry-After") {
     Server server(kTools + R"py(
 
@@ -7747,6 +7773,23 @@ def drops(environ, start_response):
     CHECK(drops.whole);
     CHECK(drops.body.size() == 50000);
     CHECK(writes() - so_far < 5000);
+}
+
+TEST_CASE("the memory for large bodies is not taken from the kernel anew for each piece") {
+    if (is_sanitized()) { return; }  // whose malloc() is another
+    const Server server(kTools + kHold, {"-w", "1"});
+    const auto upload = [&] {
+        CHECK(request(server.port(), sized("POST /length", string(1000000, 'u'))).body ==
+              "1000000");
+    };
+    const auto faults = [&] {
+        return std::atol(
+            output_of("ps -o min_flt= -p " + to_string(server.workers().at(0))).c_str());
+    };
+    for (int i = 0; i < 5; ++i) { upload(); }
+    const long before = faults();
+    for (int i = 0; i < 20; ++i) { upload(); }
+    CHECK(faults() - before < 20 * 30);
 }
 
 TEST_CASE("many large heads are bounded as a whole; one is served, and so is who has a small one") {
