@@ -2409,8 +2409,7 @@ private:
     Error init_process() {
         log(Level::Info, "Booting worker with pid: " + to_string(::getpid()));
         set_title(config_, "worker");
-#ifdef M_TRIM_THRESHOLD  // mallopt(3): or each piece of a body would take its memory from the
-                         // kernel
+#ifdef M_TRIM_THRESHOLD  // else the pieces of a body cost page faults, each time anew
         ::mallopt(M_TRIM_THRESHOLD, 1 << 20);
 #endif
         if (Error error = make_pipe(g_self_pipe, true)) { return error; }

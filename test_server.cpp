@@ -4569,6 +4569,15 @@ std::pair<dev_t, ino_t> identity(const string& path) {
     return {info.st_dev, info.st_ino};
 }
 
+/// Whether somebody listens on a unix socket.
+bool listens(const string& path) {
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    path.copy(name.sun_path, sizeof name.sun_path - 1);
+    const Fd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    return ::connect(fd.get(), reinterpret_cast<sockaddr*>(&name), sizeof name) == 0;
+}
+
 /// Binds a unix socket of ours, and listens if wanted.
 Fd bind_unix_socket(const string& path, bool listening) {
     Fd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
@@ -4623,13 +4632,7 @@ def wait():
 )py",
                args);
     old.signal(SIGTERM);
-    sockaddr_un name{};
-    name.sun_family = AF_UNIX;
-    path.copy(name.sun_path, sizeof name.sun_path - 1);
-    CHECK(wait_for([&] {
-        const Fd fd(::socket(AF_UNIX, SOCK_STREAM, 0));
-        return ::connect(fd.get(), reinterpret_cast<sockaddr*>(&name), sizeof name) < 0;
-    }));
+    CHECK(wait_for([&] { return !listens(path); }));
     const Server successor(kHello, args);  // whose socket may well have the same inode
     CHECK(exchange(Client(path), "GET / HTTP/1.1\r\n\r\n").body == "hello\n");
     write_file(old.dir.path + "/go", "");
@@ -4814,6 +4817,12 @@ bool alive(pid_t pid) {
     return state != ' ' && state != 'Z';
 }
 
+/// How many system calls of a process have read ("syscr") or written ("syscw").
+long calls_of(pid_t pid, const string& kind) {
+    const string io = read_file("/proc/" + to_string(pid) + "/io");
+    return std::atol(io.c_str() + io.find(kind + ": ") + kind.size() + 2);
+}
+
 /// Sends TERM; whether the process has gone soon.
 bool ends_by_term(pid_t pid) {
     ::kill(pid, SIGTERM);
@@ -4897,6 +4906,16 @@ bool wait_file(const Server& server, const string& name, size_t size = 1) {
 void open_gate(const Server& server) { write_file(server.dir.path + "/go", ""); }
 
 string get_bytes(const string& target) { return "GET " + target + " HTTP/1.1\r\nHost: x\r\n\r\n"; }
+
+/// So many clients that have sent these bytes.
+vector<Client> hold(const Server& server, size_t n, const string& bytes) {
+    vector<Client> held;
+    for (size_t i = 0; i < n; ++i) {
+        held.emplace_back(server);
+        held.back().send(bytes);
+    }
+    return held;
+}
 
 /// Whether nobody listens on a port of this host.
 bool refused(int port) {
@@ -5189,8 +5208,7 @@ def large(environ, start_response):
 TEST_CASE("a reload hands over no unfinished request behind one that waits for a runner") {
     Server server(kTools, {"-w", "1", "--header-timeout", "1"});
     const vector<pid_t> before = server.workers();
-    vector<Client> running;
-    for (int i = 0; i < 3; ++i) { running.emplace_back(server).send(get_bytes("/gate")); }
+    vector<Client> running = hold(server, 3, get_bytes("/gate"));
     REQUIRE(wait_file(server, "at_gate"));
     Client unfinished(server);
     unfinished.send("GET /hello HTTP/1.1\r\nHo");
@@ -5205,8 +5223,7 @@ TEST_CASE("a reload hands over no unfinished request behind one that waits for a
 TEST_CASE("but what is unfinished when the graceful timeout ends is handed over all the same") {
     Server server(kTools, {"-w", "1", "--graceful-timeout", "1"});
     const vector<pid_t> before = server.workers();
-    vector<Client> running;
-    for (int i = 0; i < 3; ++i) { running.emplace_back(server).send(get_bytes("/gate")); }
+    vector<Client> running = hold(server, 3, get_bytes("/gate"));
     REQUIRE(wait_file(server, "at_gate"));
     Client upload(server);
     upload.send("POST /hello HTTP/1.1\r\nContent-Length: 6\r\n\r\nabc");
@@ -5797,21 +5814,16 @@ TEST_CASE("a worker with a busy runner leaves clients to an idle one") {
     Client slow(server);
     slow.send(get_bytes("/gate"));
     REQUIRE(wait_file(server, "at_gate"));
-    const auto reads = [&] {  // of the workers, the one with fewer first
-        vector<long> counts;
-        for (const pid_t pid : server.workers()) {
-            const string io = read_file("/proc/" + to_string(pid) + "/io");
-            counts.push_back(std::atol(io.c_str() + io.find("syscr: ") + 7));
-        }
-        return counts;
-    };
-    const vector<long> before = reads();
+    map<pid_t, long> reads;
+    for (const pid_t pid : server.workers()) { reads[pid] = calls_of(pid, "syscr"); }
     const Time start = Clock::now();
     for (int i = 0; i < 500; ++i) { CHECK(get(server, "/hello").body == "hello"); }
     const double took = seconds_since(start);
-    vector<long> counts = reads();
-    for (size_t i = 0; i < counts.size(); ++i) { counts[i] -= before[i]; }
-    CHECK(*std::min_element(counts.begin(), counts.end()) < 40 + 120 * took);  // 1 in 10 ms
+    long least = LONG_MAX;  // those of the busy one
+    for (const auto& [pid, before] : reads) {
+        least = std::min(least, calls_of(pid, "syscr") - before);
+    }
+    CHECK(least < 40 + 120 * took);
     open_gate(server);
     CHECK(Reply(slow.read_all()).body == "through");
 }
@@ -7675,15 +7687,6 @@ int answered(const Server& server, int n) {
     return good;
 }
 
-vector<Client> hold(const Server& server, size_t n, const string& bytes) {
-    vector<Client> held;
-    for (size_t i = 0; i < n; ++i) {
-        held.emplace_back(server);
-        held.back().send(bytes);
-    }
-    return held;
-}
-
 /// Sends the rest of what each of them has begun; how often they got which status.
 map<int, int> finish(vector<Client>& clients, const string& rest) {
     map<int, int> answers;
@@ -7764,10 +7767,7 @@ def drops(environ, start_response):
     CHECK(wait_for([&] { return answered(server, 1) == 1; }));  // the application has made them all
     const long pieces = 200 * 64, slack = 12 * 1024;
     if (!is_sanitized()) { CHECK(resident(server) - before < 16 * 1024 + pieces + slack); }
-    const auto writes = [&] {  // of the worker
-        const string io = read_file("/proc/" + to_string(server.workers().at(0)) + "/io");
-        return std::atol(io.c_str() + io.find("syscw:") + 6);
-    };
+    const auto writes = [&] { return calls_of(server.workers().at(0), "syscw"); };
     const long so_far = writes();  // who is quick pays no file for each little piece
     const Reply drops(request(server.port(), get_bytes("/drops"), 30s));
     CHECK(drops.whole);
@@ -10636,14 +10636,6 @@ struct Program {
         ::waitpid(pid, &status, 0);
     }
 };
-
-bool listens(const string& path) {
-    sockaddr_un name{};
-    name.sun_family = AF_UNIX;
-    path.copy(name.sun_path, sizeof name.sun_path - 1);
-    const Fd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    return ::connect(fd.get(), reinterpret_cast<sockaddr*>(&name), sizeof name) == 0;
-}
 
 TEST_CASE("behind nginx: over TCP and a unix socket, HTTP/1.0 and 1.1" *
           doctest::skip(!have("nginx"))) {
