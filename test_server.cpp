@@ -4817,6 +4817,45 @@ bool alive(pid_t pid) {
     return state != ' ' && state != 'Z';
 }
 
+bool have(const char* program) {
+    ::signal(SIGCHLD, SIG_DFL);  // before main(): were it ignored, no status would come
+    return std::system((string("command -v ") + program + " >/dev/null 2>&1").c_str()) == 0;
+}
+
+/// A program that runs beside the server until the end of the test.
+struct Program {
+    pid_t pid;
+    explicit Program(vector<string> words, const std::function<void()>& before = nullptr) {
+        pid = ::fork();
+        if (pid == 0) {
+            const int null = ::open("/dev/null", O_RDWR);
+            for (const int fd : {0, 1, 2}) { ::dup2(null, fd); }
+            if (before) { before(); }
+            vector<char*> argv;
+            for (string& word : words) { argv.push_back(word.data()); }
+            argv.push_back(nullptr);
+            ::execvp(argv[0], argv.data());
+            ::_exit(127);
+        }
+    }
+    ~Program() {
+        int status = 0;
+        ::kill(pid, SIGTERM);
+        const bool ended = wait_for([&] { return ::waitpid(pid, &status, WNOHANG) == pid; });
+        CHECK(ended);
+        if (ended) { return; }
+        ::kill(pid, SIGKILL);
+        ::waitpid(pid, &status, 0);
+    }
+};
+
+/// The numbers behind a name in /proc/PID/status.
+string status_of(pid_t pid, const string& name) {
+    const string status = read_file("/proc/" + to_string(pid) + "/status");
+    const size_t at = status.find("\n" + name + ":") + name.size() + 2;
+    return string(trim(string_view(status).substr(at, status.find('\n', at) - at)));
+}
+
 /// How many system calls of a process have read ("syscr") or written ("syscw").
 long calls_of(pid_t pid, const string& kind) {
     const string io = read_file("/proc/" + to_string(pid) + "/io");
@@ -7440,8 +7479,7 @@ TEST_CASE("signals that mean nothing to the arbiter do not end it") {
 TEST_CASE("an idle server sleeps") {
     const Server server(kHello, {"-w", "1"});
     const auto switches = [](pid_t pid) {
-        const string status = read_file("/proc/" + to_string(pid) + "/status");
-        return std::atol(status.c_str() + status.find("\nvoluntary_ctxt_switches:") + 25);
+        return std::atol(status_of(pid, "voluntary_ctxt_switches").c_str());
     };
     for (const pid_t pid : {server.pid, server.workers()[0], server.runners()[0]}) {
         const long before = switches(pid);
@@ -7449,6 +7487,24 @@ TEST_CASE("an idle server sleeps") {
         ::poll(nullptr, 0, 1000);
         CHECK(switches(pid) - before < 10);
     }
+}
+
+TEST_CASE("a worker does not yield its processor for each request of several clients" *
+          doctest::skip(!have("strace"))) {
+    const Server server(kHello, {"-w", "1"});
+    const string worker = to_string(server.workers().at(0)), trace = server.dir.path + "/trace";
+    Client idle(server);
+    CHECK(get(server).status == 200);  // a worker with one client may
+    {
+        const Program strace({"strace", "-e", "trace=sched_yield", "-o", trace, "-p", worker});
+        const auto attached = [&] { return status_of(server.workers()[0], "TracerPid") != "0"; };
+        if (!wait_for(attached)) {
+            MESSAGE("not run: strace cannot look at processes");
+            return;
+        }
+        for (int i = 0; i < 100; ++i) { CHECK(get(server).status == 200); }
+    }
+    CHECK(count(read_file(trace), "sched_yield") < 50);
 }
 
 TEST_CASE("an application that goes on after its client left ends in peace at a graceful stop") {
@@ -8433,13 +8489,6 @@ TEST_CASE("an access log that takes no more is told of, once; then it goes on wi
     CHECK(server.access().substr(0, 9) == "127.0.0.1");
 }
 
-/// The numbers behind a name in /proc/PID/status.
-string process_ids(pid_t pid, const string& name) {
-    const string status = read_file("/proc/" + to_string(pid) + "/status");
-    const size_t at = status.find("\n" + name + ":") + name.size() + 2;
-    return string(trim(string_view(status).substr(at, status.find('\n', at) - at)));
-}
-
 TEST_CASE("with --user the logs move where only root can open them") {
     if (!may_become_and_see_others().second) {
         MESSAGE("not run: only root with CAP_SYS_PTRACE sees the processes of another user");
@@ -8499,15 +8548,15 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
         for (const pid_t pid : server.workers()) { pids.push_back(pid); }
         CHECK(pids.size() == 4);
         for (const pid_t pid : pids) {
-            CHECK(process_ids(pid, "Uid") == uid + tab + uid + tab + uid + tab + uid);
-            CHECK(process_ids(pid, "Gid") == gid + tab + gid + tab + gid + tab + gid);
-            CHECK(process_ids(pid, "Groups") == gid);
+            CHECK(status_of(pid, "Uid") == uid + tab + uid + tab + uid + tab + uid);
+            CHECK(status_of(pid, "Gid") == gid + tab + gid + tab + gid + tab + gid);
+            CHECK(status_of(pid, "Groups") == gid);
         }
         for (const string& file : {access, errors, path}) { CHECK((owner(file) == expected)); }
         CHECK(request_unix(path, get_bytes("/x")).body == "ok");
     };
-    CHECK(process_ids(server.pid, "Uid").substr(0, 2) == "0\t");
-    CHECK(process_ids(server.pid, "Groups") == process_ids(::getpid(), "Groups"));
+    CHECK(status_of(server.pid, "Uid").substr(0, 2) == "0\t");
+    CHECK(status_of(server.pid, "Groups") == status_of(::getpid(), "Groups"));
     check_all();
     struct stat info = {};
     CHECK((::stat(path.c_str(), &info) == 0 && (info.st_mode & 0777) == 0750));
@@ -8532,8 +8581,8 @@ TEST_CASE("workers and runners run as --user and --group, and their files belong
     CHECK(contains(run_to_end({"-u", "424242", "app:app"}).err, "'424242': name a group"));
     CHECK(run_to_end({"-u", "424242", "-g", "424242", "--check-config"}).code == 4);
     Server grouped(kHello, {"-g", "nogroup", "-w", "1"});
-    CHECK(process_ids(grouped.workers().at(0), "Uid").substr(0, 2) == "0\t");
-    CHECK(process_ids(grouped.workers().at(0), "Groups") == to_string(group));
+    CHECK(status_of(grouped.workers().at(0), "Uid").substr(0, 2) == "0\t");
+    CHECK(status_of(grouped.workers().at(0), "Groups") == to_string(group));
     CHECK(run_to_end({"-u", "4294967296", "app:app"}).code == 1);
     CHECK(run_to_end({"-u", "4294967295", "app:app"}).code == 1);
     const string target = dir.path + "/of_root", hard = dir.path + "/hard",
@@ -10453,11 +10502,6 @@ TEST_SUITE_END();
 // --- README.md: the lesson ------------------------------------------------------------------
 TEST_SUITE_BEGIN("lesson");
 
-bool have(const char* program) {
-    ::signal(SIGCHLD, SIG_DFL);  // before main(): were it ignored, no status would come
-    return std::system((string("command -v ") + program + " >/dev/null 2>&1").c_str()) == 0;
-}
-
 /// The n-th block of code in README.md in this language.
 string readme_block(const string& language, size_t n = 0) {
     const string readme = read_file("README.md"), fence = "```" + language + "\n";
@@ -10609,33 +10653,6 @@ TEST_SUITE_END();
 // --- what stands before the server, or starts it: nginx, HAProxy, systemd, runit, init -------
 // Their parts of the configuration are those of README.md, with other addresses.
 TEST_SUITE_BEGIN("peers");
-
-/// A program that runs beside the server until the end of the test.
-struct Program {
-    pid_t pid;
-    explicit Program(vector<string> words, const std::function<void()>& before = nullptr) {
-        pid = ::fork();
-        if (pid == 0) {
-            const int null = ::open("/dev/null", O_RDWR);
-            for (const int fd : {0, 1, 2}) { ::dup2(null, fd); }
-            if (before) { before(); }
-            vector<char*> argv;
-            for (string& word : words) { argv.push_back(word.data()); }
-            argv.push_back(nullptr);
-            ::execvp(argv[0], argv.data());
-            ::_exit(127);
-        }
-    }
-    ~Program() {
-        int status = 0;
-        ::kill(pid, SIGTERM);
-        const bool ended = wait_for([&] { return ::waitpid(pid, &status, WNOHANG) == pid; });
-        CHECK(ended);
-        if (ended) { return; }
-        ::kill(pid, SIGKILL);
-        ::waitpid(pid, &status, 0);
-    }
-};
 
 TEST_CASE("behind nginx: over TCP and a unix socket, HTTP/1.0 and 1.1" *
           doctest::skip(!have("nginx"))) {
