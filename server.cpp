@@ -52,6 +52,7 @@
 #ifdef __APPLE__
 #define st_mtim st_mtimespec  // the names of POSIX
 #define st_ctim st_ctimespec
+#define initgroups(user, gid) initgroups(user, static_cast<int>(gid))
 #endif
 
 #include <algorithm>
@@ -752,8 +753,10 @@ int set_groups(const Config& config) {
 struct AsUser {
     const bool changed;
     const gid_t group = ::getegid();
-    static inline gid_t groups[NGROUPS_MAX];  // too many for a small stack
-    const int count = std::max(::getgroups(NGROUPS_MAX, groups), 0);
+    static inline gid_t groups[USHRT_MAX];  // too many for a small stack
+    // Of a type that converts to what setgroups() takes: size_t, or int on other systems.
+    const unsigned short count =
+        static_cast<unsigned short>(std::max(::getgroups(USHRT_MAX, groups), 0));
 
     AsUser(const Config& config, bool change) : changed(change) {
         if (!change) { return; }
@@ -765,7 +768,7 @@ struct AsUser {
         if (!changed) { return; }
         (void)!::seteuid(0);
         (void)!::setegid(group);
-        (void)!::setgroups(static_cast<size_t>(count), groups);
+        (void)!::setgroups(count, groups);
     }
 };
 
