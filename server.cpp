@@ -13,17 +13,17 @@
 //                       ready queue: pass_on → take_from_queue ┘     (runner: Slot.serve)
 //   finish ← flush ← end_reply ← reply_body ← take_reply ← read_runner ←──────┘
 //
-// A client costs the application nothing but one complete request: the worker reads it to the
-// end without blocking, waits for an idle runner (its own, or another worker's by the ready
-// queue), and takes the response at the application's speed, whatever the client's.
+// Slow clients do not hold up the application: the worker reads the whole request without blocking,
+// waits for an idle runner (its own or, through the ready queue, another worker's), and takes the
+// response as fast as the application makes it, however slowly the client reads.
 //
 //   Signal      arbiter                                      worker
 //   TERM        graceful stop: USR2 to all workers           serve what was accepted, then leave
-//   USR1        open the logs again                          the same; the runner, once idle
-//   USR2        upgrade: a new master beside this one        as TERM, and empty the ready queue
+//   USR1        reopen the logs                              the same; tell the runner, once idle
+//   USR2        upgrade: a new master beside this one        as TERM, and serve the ready queue
 //   INT, QUIT   stop within a second                         leave at once
 //   HUP         reload: new workers, then TERM to the old    ignored
-//   TTIN, TTOU  one worker more, one worker less             ignored
+//   TTIN, TTOU  add a worker, remove a worker                ignored
 //   WINCH       with --daemon: no workers until HUP          after USR2: as after TERM
 //   CHLD        reap_workers                                 reap_runners
 //
@@ -50,7 +50,7 @@
 #include <sys/prctl.h>
 #endif
 #ifdef __APPLE__
-#define st_mtim st_mtimespec  // the names of POSIX
+#define st_mtim st_mtimespec  // POSIX has the names on the left
 #define st_ctim st_ctimespec
 #define initgroups(user, gid) initgroups(user, static_cast<int>(gid))
 #endif
@@ -80,9 +80,9 @@ namespace {
 // ============================================================================
 //  1. Small tools: descriptors, text and numbers, Spool (bytes in memory, then in a file), signals
 //
-//  Errors are values: a forked child must not unwind through its parent's frames, and in a
-//  select loop most failures are one connection's everyday result. Deadlines come from the
-//  steady clock alone; the wall clock is for people.
+//  Errors are values, not exceptions: one thrown in a forked child would unwind through frames of
+//  its parent, and in a select loop most failures are routine and end one connection. Deadlines
+//  use the steady clock, which nobody can set; the wall clock is for people.
 // ============================================================================
 using std::string, std::string_view, std::to_string;
 using std::chrono::microseconds, std::chrono::seconds;
@@ -94,7 +94,7 @@ using Strings = std::vector<string>;
 constexpr const char* kVersion = "0.1.0";
 constexpr int kWorkerBootError = 3, kAppLoadError = 4;  // exit statuses with gunicorn's meanings
 constexpr size_t kMaxShown = 8192;                      // bytes of one value in a log
-constexpr size_t kPiece = 65536;  // bytes moved by one read, and what a frame may hold in memory
+constexpr size_t kPiece = 65536;  // bytes of one read(), and of a request body in memory
 
 struct Error {
     int code = 0;  // an exit status or an HTTP status; 0: no error
@@ -102,10 +102,10 @@ struct Error {
     explicit operator bool() const { return code != 0; }
 };
 
-/// What errno says of `what`, as a start-up error.
+/// A start-up error (exit status 1): `what`, and the text of errno.
 Error os_error(const string& what) { return {1, what + ": " + std::strerror(errno)}; }
 
-/// Owns one descriptor. close() is never retried: after EINTR the number may be another's.
+/// Owns one descriptor. close() is never retried: Linux frees the number even on EINTR.
 class Fd {
 public:
     Fd() = default;
@@ -131,7 +131,7 @@ ssize_t write_some(const Fd& fd, string_view data) {
     return ::write(fd.get(), data.data(), data.size());
 }
 
-/// Writes up to four parts as one.
+/// Writes up to four parts with one system call.
 ssize_t write_parts(const Fd& fd, string_view first, std::initializer_list<string_view> others) {
     struct iovec parts[4] = {{const_cast<char*>(first.data()), first.size()}};
     int count = 1;
@@ -143,7 +143,7 @@ ssize_t write_parts(const Fd& fd, string_view first, std::initializer_list<strin
     return ::writev(fd.get(), parts, count);
 }
 
-/// Writes everything to a blocking descriptor; false, with errno, where that fails.
+/// Writes everything to a blocking descriptor; false, with errno, if that fails.
 bool write_all(const Fd& fd, string_view data) {
     while (!data.empty()) {
         const ssize_t n = write_some(fd, data);
@@ -153,19 +153,19 @@ bool write_all(const Fd& fd, string_view data) {
     return true;
 }
 
-/// Close-on-exec, and non-blocking if wanted. One thread forks, so setting it late is no race.
+/// Sets close-on-exec and perhaps non-blocking. There is one thread: no fork() can come before it.
 void set_flags(int fd, bool nonblocking) {
     ::fcntl(fd, F_SETFD, FD_CLOEXEC);
     if (nonblocking) { ::fcntl(fd, F_SETFL, ::fcntl(fd, F_GETFL) | O_NONBLOCK); }
 }
 
-/// Moves a descriptor that select() never sees out of the range that it needs, if there is room.
+/// Moves a descriptor that select() never watches to FD_SETSIZE or above, if the limit allows.
 Fd raise_fd(Fd fd) {
     const int high = fd ? ::fcntl(fd.get(), F_DUPFD_CLOEXEC, FD_SETSIZE) : -1;
     return high < 0 ? std::move(fd) : Fd(high);
 }
 
-/// How many descriptors a process may have, as far as it is allowed. Returns the limit before.
+/// Sets the soft limit on descriptors, at most to the hard limit. Returns the old one.
 rlim_t set_soft_limit(rlim_t wanted) {
     struct rlimit limit = {};
     ::getrlimit(RLIMIT_NOFILE, &limit);
@@ -174,9 +174,8 @@ rlim_t set_soft_limit(rlim_t wanted) {
     return before;
 }
 
-using Pair = std::pair<Fd, Fd>;  // of a pipe: first is read, second is written
+using Pair = std::pair<Fd, Fd>;  // a pipe: first is its reading end, second its writing end
 
-/// Close-on-exec; blocking unless `nonblocking`.
 Error make_pipe(Pair& made, bool nonblocking = false) {
     int fds[2];
     if (::pipe(fds) < 0) { return os_error("cannot make a pipe"); }
@@ -185,7 +184,8 @@ Error make_pipe(Pair& made, bool nonblocking = false) {
     return {};
 }
 
-/// Enlarges a pipe where that can be done. Returns what an empty one surely takes as a whole.
+/// Resizes a pipe if the system can. Returns how many bytes an empty one is sure to take in one
+/// write: PIPE_BUF by POSIX, on Linux at least half its size.
 size_t resize_pipe([[maybe_unused]] const Fd& fd, [[maybe_unused]] int bytes) {
 #ifdef F_SETPIPE_SZ
     (void)::fcntl(fd.get(), F_SETPIPE_SZ, bytes);
@@ -196,14 +196,13 @@ size_t resize_pipe([[maybe_unused]] const Fd& fd, [[maybe_unused]] int bytes) {
 #endif
 }
 
-/// A variable of our environment, empty if there is none.
 string environment(const char* name) {
     const char* value = std::getenv(name);
     return value != nullptr ? value : "";
 }
 
-/// The current directory by the name that the shell has for it: what a symbolic link in it points
-/// to may be another release by the time of a reload.
+/// The current directory under the shell's name for it, with its symbolic links: one of them
+/// ("current") may point to another release when the server reloads.
 string current_directory() {
     char here[PATH_MAX], named[PATH_MAX];
     const string shell = environment("PWD");
@@ -212,14 +211,13 @@ string current_directory() {
     return known && string_view(here) == named ? shell : here;
 }
 
-/// A path as seen from a directory.
 string absolute(const string& directory, const string& path) {
     return path.empty() ? directory : path.front() == '/' ? path : directory + "/" + path;
 }
 
 string temp_dir() { return environment("TMPDIR").empty() ? "/tmp" : environment("TMPDIR"); }
 
-/// A file without a name: it goes when its last descriptor does.
+/// Makes a file and unlinks it at once: closing its last descriptor frees it, even on a crash.
 Error make_temp_file(const string& dir, Fd& made) {
     string path = dir + "/server-XXXXXX";
     Fd fd(::mkstemp(path.data()));
@@ -230,7 +228,7 @@ Error make_temp_file(const string& dir, Fd& made) {
     return {};
 }
 
-/// The first of which `test` holds; null if there is none.
+/// The first element for which `test` holds; null if there is none.
 template <typename Range, typename Test>
 auto find(Range&& range, Test test) -> decltype(&*std::begin(range)) {
     for (auto& each : range) {
@@ -239,36 +237,35 @@ auto find(Range&& range, Test test) -> decltype(&*std::begin(range)) {
     return nullptr;
 }
 
-/// For messages: what somebody wrote.
 string in_quotes(string_view text) { return "'" + string(text) + "'"; }
 
 constexpr bool is_digit(char c) { return c >= '0' && c <= '9'; }
 constexpr char lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; }
 
-/// Field names, codings and schemes are compared without case (RFC 9110 section 5.1).
+/// Field names, codings and schemes are case-insensitive (RFC 9110 section 5.1).
 bool same_name(string_view a, string_view b) {
     return std::equal(a.begin(), a.end(), b.begin(), b.end(),
                       [](char x, char y) { return lower(x) == lower(y); });
 }
 
-/// Takes optional whitespace off both ends (OWS, RFC 9110 section 5.6.3).
+/// Strips optional whitespace from both ends (OWS, RFC 9110 section 5.6.3).
 string_view trim(string_view text) {
     text.remove_prefix(std::min(text.find_first_not_of(" \t"), text.size()));
     return text.substr(0, text.find_last_not_of(" \t") + 1);
 }
 
-/// Cuts off and returns what stands before the first `separator`, or everything.
+/// Removes the text up to the first `separator` and returns it without that; or all of it.
 string_view cut(string_view& text, char separator) {
     const string_view part = text.substr(0, text.find(separator));
     text.remove_prefix(std::min(part.size() + 1, text.size()));
     return part;
 }
 
-/// Empties a string and gives its memory back; to assign an empty one would keep that.
+/// Empties a string and frees its memory, which clear() would keep.
 void discard(string& text) { string().swap(text); }
 
-/// Reads digits of that base and nothing else. False, and `number` may be anything: there are none,
-/// or others, or the number does not fit 63 bits.
+/// Reads digits of `base` and nothing else. False, with `number` undefined: there is no digit, or
+/// anything else, or the number does not fit into 63 bits.
 bool parse_number(string_view text, int64_t& number, int base = 10) {
     number = 0;
     for (const char c : text) {
@@ -279,11 +276,11 @@ bool parse_number(string_view text, int64_t& number, int base = 10) {
     return !text.empty();
 }
 
-/// An IP address with the number of its bits that count.
+/// An IP address and the length of its prefix.
 struct Network {
     bool v6 = false;
     int64_t bits = 0;
-    unsigned char address[17] = {};  // is_listed() looks one byte further where all bits count
+    unsigned char address[17] = {};  // not 16: for a /128 is_listed() reads one byte more
 };
 
 /// Reads 10.0.0.1, 10.0.0.0/8, ::1 and the like.
@@ -292,18 +289,18 @@ bool parse_network(string_view text, Network& network) {
     const int64_t most = network.bits = network.v6 ? 128 : 32;
     const bool whole = text.find('/') == string::npos;
     const string address(cut(text, '/'));
-    return address.find('\0') == string::npos &&  // where inet_pton() would stop
+    return address.find('\0') == string::npos &&  // inet_pton() would ignore what follows it
            ::inet_pton(network.v6 ? AF_INET6 : AF_INET, address.c_str(), network.address) == 1 &&
            (whole || (parse_number(text, network.bits) && network.bits <= most));
 }
 
-/// A time of stat(2), to be compared.
+/// A file's time from stat(2) as one number, for comparisons.
 int64_t nanoseconds(const struct timespec& t) {
     return int64_t{t.tv_sec} * 1'000'000'000 + t.tv_nsec;
 }
 
-/// Makes bytes of a client harmless in a log: controls, quotes, backslashes and all but ASCII; and
-/// no more of them than kMaxShown.
+/// Makes a client's bytes harmless in a log: escapes quotes, backslashes, control characters and
+/// all that is not ASCII, and cuts off after kMaxShown bytes.
 string escape(string_view text) {
     static constexpr char kHex[] = "0123456789abcdef";
     string out;
@@ -316,18 +313,18 @@ string escape(string_view text) {
     return out;
 }
 
-/// Bytes in the order they came: the oldest and the newest in memory, and between them, once the
-/// limit is passed, an unlinked temporary file.
+/// A queue of bytes: the oldest and the newest are in memory; once a limit is passed, those
+/// between them are in an unlinked temporary file.
 class Spool {
 public:
-    /// Where memory would hold more than `limit` bytes the newest go to the file; if the disk
-    /// refuses them they stay in memory all the same, and failed() says so.
+    /// If memory would hold more than `limit` bytes, the newest go to the file; if that fails (the
+    /// disk is full), they stay in memory all the same, and failed() says so.
     void append(string_view data, size_t limit) {
         back_ += data;
         failed_ = memory() > limit && !store();
     }
 
-    /// The next bytes, empty only at the end of all. Valid until the next call.
+    /// The next bytes; empty only if there are no more. Valid until the next call.
     string_view front() {
         if (offset_ == front_.size()) { refill(); }
         return string_view(front_).substr(offset_);
@@ -346,7 +343,7 @@ public:
     void adopt_file(Fd file, int64_t bytes) { file_ = std::move(file), file_end_ = bytes; }
 
 private:
-    bool store() {  // all of the newest bytes or, on a full disk, none
+    bool store() {  // all or nothing: after a short write file_end_ is what it was
         if (!file_ && make_temp_file(temp_dir(), file_)) { return false; }
         const bool there = ::lseek(file_.get(), file_end_, SEEK_SET) >= 0;
         if (!there || !write_all(file_, back_)) { return false; }
@@ -366,24 +363,25 @@ private:
         }
         front_.resize(static_cast<size_t>(std::min<int64_t>(kPiece, stored())));
         const ssize_t n = ::pread(file_.get(), front_.data(), front_.size(), file_begin_);
-        if (n <= 0) { std::abort(); }  // bytes are lost: no response may be sent without them
+        if (n <= 0) { std::abort(); }  // bytes are lost: to go on would be to corrupt a body
         front_.resize(static_cast<size_t>(n));
         file_begin_ += n;
     }
 
     string front_, back_;
-    size_t offset_ = 0;  // of front_, what has been taken
+    size_t offset_ = 0;  // bytes of front_ that have been taken
     Fd file_;
     int64_t file_begin_ = 0, file_end_ = 0;
     bool failed_ = false;
 };
 
-/// How long to wait before a process is started again, after so many failures in a row.
+/// How long to wait before a process is restarted, after so many failures in a row.
 seconds backoff(int failures) {
     return seconds(failures < 1 ? 0 : std::min(30, 1 << std::min(failures - 1, 5)));
 }
 
-// Signals come in as bytes of a pipe, so that none is lost between a test and the sleep.
+// The handler writes each signal to a pipe that select() watches. A flag could be set between the
+// test of it and select(), which would then sleep in spite of it.
 Pair g_self_pipe;
 
 void on_signal(int number) {
@@ -396,25 +394,24 @@ void on_signal(int number) {
 void set_signals(std::initializer_list<int> numbers, void (*handler)(int)) {
     struct sigaction action = {};
     action.sa_handler = handler;
-    action.sa_flags = SA_RESTART;  // no call but select() ever fails for a signal
-    sigfillset(&action.sa_mask);   // of two at once the lower number comes first: USR2, then TERM
+    action.sa_flags = SA_RESTART;  // then only select() fails with EINTR: signal(7)
+    sigfillset(&action.sa_mask);   // of two pending, Linux delivers the lower: USR2 before TERM
     for (const int number : numbers) { ::sigaction(number, &action, nullptr); }
 }
 
-/// Blocks all signals, or none.
 void block_signals(bool block) {
     sigset_t set;
     block ? sigfillset(&set) : sigemptyset(&set);
     ::sigprocmask(SIG_SETMASK, &set, nullptr);
 }
 
-/// The next signal that has arrived, -1 if there is none.
+/// Takes the next signal from the self-pipe; -1 if there is none.
 int next_signal() {
     char byte;
     return ::read(g_self_pipe.first.get(), &byte, 1) == 1 ? byte : -1;
 }
 
-/// select(), until `until` at the latest. Where nothing is ready the sets come back empty.
+/// select() with a deadline. After EINTR the sets are undefined, hence emptied here.
 void wait_ready(int max_fd, fd_set& reads, fd_set& writes, Time until) {
     const int64_t left = std::chrono::ceil<microseconds>(until - Clock::now()).count();
     const int64_t us = std::clamp<int64_t>(left, 0, 3600'000'000);
@@ -423,7 +420,7 @@ void wait_ready(int max_fd, fd_set& reads, fd_set& writes, Time until) {
     if (ready < 0) { reads = writes = fd_set{}; }
 }
 
-/// Whether something can be read, or a client waits to be accepted; if not yet, then by `until`.
+/// Whether there is something to read, or a client to accept; waits for it until `until`, if given.
 bool is_ready(const Fd& fd, Time until = Time{}) {
     fd_set reads{}, writes{};
     FD_SET(fd.get(), &reads);
@@ -453,17 +450,17 @@ struct Config {
     string pidfile, user, group, umask = "0000", proc_name;
     bool reload = false;
     Strings reload_extra_files;
-    uid_t uid = 0;  // what --user and --group mean
+    uid_t uid = 0;  // of --user and --group, by resolve_user()
     gid_t gid = 0;
-    rlim_t soft_limit = 0;  // on descriptors, as it was: for the application
-    int pipes = 8;          // of requests, in each slot
-    string sockets;         // from systemd or an old master: FD:BOUND_AT: of each; 0: not to remove
-    Strings argv;           // as it was started, and where, for an upgrade
+    rlim_t soft_limit = 0;  // on descriptors before we raised it: what the application gets
+    int pipes = 8;          // request pipes of each slot
+    string sockets;         // inherited: FD:BOUND_AT: of each; BOUND_AT 0: not ours to unlink
+    Strings argv;           // for an upgrade: the command line, and the directory it was given in
     string directory;
-    pid_t old_master = 0;   // that upgrades to this one
-    char* title = nullptr;  // what ps shows
+    pid_t old_master = 0;   // the master that this one is to replace; 0: none
+    char* title = nullptr;  // the memory that ps shows
     size_t title_size = 0;
-    bool daemon = false, detached = false;  // detached: it has no terminal any more
+    bool daemon = false, detached = false;  // detached: is in the background already
     bool check_config = false, print_config = false, version = false, help = false;
 };
 
@@ -482,7 +479,7 @@ string get(const Config& config) {
     return to_string(config.*Member);
 }
 
-/// Reads a whole number. An error of code 2: it is none; 1: it is not in `low` to `high`.
+/// Reads a whole number. Error code 2: it is not one; 1: it is not in `low` to `high`.
 Error read_number(string_view text, int64_t low, int64_t high, int64_t& number) {
     const string_view digits = text.substr(text.substr(0, 1) == "-" ? 1 : 0);
     if (digits.empty() || find(digits, [](char c) { return !is_digit(c); })) {
@@ -495,7 +492,7 @@ Error read_number(string_view text, int64_t low, int64_t high, int64_t& number) 
 template <auto Member>
 using Type = std::decay_t<decltype(std::declval<Config>().*Member)>;
 
-/// Sets a string or a number, adds to a list, or raises a flag.
+/// Sets a string or a number, appends to a list, or turns a flag on.
 template <auto Member>
 void set(Config& config, [[maybe_unused]] string_view text, [[maybe_unused]] int64_t number) {
     using T = Type<Member>;
@@ -530,7 +527,7 @@ Error check_word(string_view text) {
     return find(Words, named) ? Error{} : Error{1, "there is no " + in_quotes(text)};
 }
 
-/// A list of addresses and networks, * for all.
+/// Checks a list of addresses and networks, with commas between them; * is any address.
 Error check_networks(string_view list) {
     while (!list.empty()) {
         const string_view entry = trim(cut(list, ','));
@@ -548,7 +545,6 @@ Error check_variable(string_view text) {
     return good ? Error{} : Error{1, "no NAME=VALUE: " + string(text)};
 }
 
-/// A file mode mask in octal digits.
 Error check_umask(string_view text) {
     int64_t mask = 0;
     const bool good = parse_number(text, mask, 8) && mask <= 0777;
@@ -556,11 +552,11 @@ Error check_umask(string_view text) {
 }
 
 struct Option {
-    const char* text;  // "-x, --name VALUE: what it does"; the letter and the value may be missing
+    const char* text;  // "-x, --name VALUE: what it does"; the letter and the value are optional
     void (*set)(Config&, string_view, int64_t);
     string (*get)(const Config&);  // nullptr: not shown
     Error (*check)(string_view) = nullptr;
-    int64_t low = 0, high = -1;  // of a number; else high is below low
+    int64_t low = 0, high = -1;  // range of a number; low > high: the option is not one
 
     string_view usage() const { return {text, std::strcspn(text, ":")}; }
     const char* help() const { return text + usage().size() + 2; }
@@ -632,8 +628,8 @@ constexpr Option kOptions[] = {
     {"-h, --help: print this help and exit", set<&C::help>, nullptr},
 };
 
-/// Reads args[i], -x VALUE, -xVALUE, -x=VALUE, --name VALUE or --name=VALUE, and moves i to its
-/// last word.
+/// Reads the option at args[i]: -x VALUE, -xVALUE, -x=VALUE, --name VALUE or --name=VALUE. Leaves
+/// i at its last word.
 Error parse_option(Config& config, const std::vector<const char*>& args, size_t& i) {
     const string arg = args[i];
     const bool is_long = arg[1] == '-';
@@ -654,10 +650,10 @@ Error parse_option(Config& config, const std::vector<const char*>& args, size_t&
     return error ? Error{error.code, "--" + string(option->name()) + ": " + error.text} : error;
 }
 
-/// Settings from the environment and, stronger, the arguments. A code of 2: not understood.
+/// Takes settings from the environment, then from `args`, which win. Error code 2: wrong usage.
 Error parse_command_line(const std::vector<const char*>& args, Config& config) {
     const string count = environment("WEB_CONCURRENCY"), port = environment("PORT");
-    if (std::getenv("FORWARDED_ALLOW_IPS") != nullptr) {  // if empty, nobody is trusted
+    if (std::getenv("FORWARDED_ALLOW_IPS") != nullptr) {  // set but empty: trust no proxy
         config.forwarded_allow_ips = environment("FORWARDED_ALLOW_IPS");
         const Error error = check_networks(config.forwarded_allow_ips);
         if (error) { return {1, "$FORWARDED_ALLOW_IPS: " + error.text}; }
@@ -703,7 +699,7 @@ void print_help() {
     std::puts(text.c_str());
 }
 
-/// What --print-config prints, and --log-level debug logs.
+/// The settings, for --print-config and for the log at level debug.
 string show_config(const Config& config) {
     string text = "app                       = " + config.app;
     for (const Option& o : kOptions) {
@@ -717,17 +713,16 @@ string show_config(const Config& config) {
 // ============================================================================
 //  3. Logs
 //
-//  A line is one write, so that lines of several processes never mix. Whatever a client sent
-//  is escaped before it gets here.
+//  A line is one write() with O_APPEND, so that lines of several processes never mix. Callers
+//  escape whatever a client sent.
 // ============================================================================
 enum class Level { Debug, Info, Warning, Error, Critical };
 
 struct Logger {
     Fd error_file, access_file;
-    Level level = Level::Info;  // lines below it are left out
+    Level level = Level::Info;  // the lowest that is written
 } g_log;
 
-/// The present time, by localtime_r() or gmtime_r().
 string time_text(const char* format, struct tm* (*convert)(const time_t*, struct tm*)) {
     const time_t now = std::time(nullptr);
     struct tm parts = {};
@@ -743,17 +738,17 @@ void log(Level level, const string& text) {
     (void)write_all(g_log.error_file, start + "] " + text + "\n");
 }
 
-/// The groups of a user with a name; else the one group. -1: neither, errno tells why.
+/// Sets the supplementary groups: all of a --user by name, else --group alone. -1: see errno.
 int set_groups(const Config& config) {
     return config.user.empty() ? ::setgroups(1, &config.gid)
                                : ::initgroups(config.user.c_str(), config.gid);
 }
 
-/// While it lives root has the rights of --user; where `change` is false it does nothing.
+/// While such an object lives, root has the rights of --user only (if `change`).
 struct AsUser {
     const bool changed;
     const gid_t group = ::getegid();
-    static inline gid_t groups[USHRT_MAX];  // too many for a small stack
+    static inline gid_t groups[USHRT_MAX];  // too much for a small stack
     // Of a type that converts to what setgroups() takes: size_t, or int on other systems.
     const unsigned short count =
         static_cast<unsigned short>(std::max(::getgroups(USHRT_MAX, groups), 0));
@@ -772,15 +767,16 @@ struct AsUser {
     }
 };
 
-/// Whether --user has a say in what a directory is: where a symbolic link is on the way, or he may
-/// write to one above it. To a sticky one, as /tmp is, he may; but what is in it is not his.
+/// Whether --user could make a path to `directory` lead elsewhere: there is a symbolic link in it,
+/// or the user owns or may write to a directory in it. Of those above `directory`, sticky ones (as
+/// /tmp) do not count: there nobody can rename or remove what is another's.
 bool has_say(const Config& config, string directory) {
     struct stat info = {};
     for (string part = directory; !part.empty(); part.resize(part.rfind('/'))) {
         if (::lstat(part.c_str(), &info) == 0 && S_ISLNK(info.st_mode)) { return true; }
     }
     const AsUser user(config, true);
-    Fd probe;  // faccessat() of glibc before 2.33 asks for root, who we are no more
+    Fd probe;  // not faccessat(AT_EACCESS): before glibc 2.33 it asks for the real user, root
     for (bool last = true; !directory.empty(); last = false) {
         const bool seen = ::stat(directory.c_str(), &info) == 0;
         const bool writes =
@@ -792,18 +788,19 @@ bool has_say(const Config& config, string directory) {
     return false;
 }
 
-/// Gives a file that root made to the user of the workers; one with a second name may be another's.
-/// False: it cannot be given.
+/// If we are root, gives a file of ours to --user; but not one with a second hard link, which may
+/// be somebody else's file. False: chown failed.
 bool give_away(const Config& config, const Fd& file) {
     struct stat info = {};
     const bool regular = ::fstat(file.get(), &info) == 0 && S_ISREG(info.st_mode);
     if (!regular || info.st_nlink > 1 || ::geteuid() != 0) { return true; }
-    const bool group = info.st_gid != ::getegid();  // logrotate's choice, or its directory's
+    const bool group = info.st_gid != ::getegid();  // keep what logrotate or a setgid directory set
     return ::fchown(file.get(), config.uid, group ? info.st_gid : config.gid) == 0;
 }
 
-/// Opens a log file, or opens it again; "-" is a standard descriptor. An empty path: no log. Root
-/// gives it to --user, or opens it as that user, who could else lead it to a file of root's.
+/// Opens or reopens a log; "-" is the descriptor `standard`, an empty path means no log. Root makes
+/// the file and gives it to --user; but where has_say(), root opens it with that user's rights, who
+/// could otherwise have the log written to, say, /etc/passwd.
 Error open_log(const Config& config, const string& path, int standard, Fd& file) {
     if (path.empty()) { return {}; }
     const string directory = path.substr(0, path.rfind('/'));
@@ -812,7 +809,7 @@ Error open_log(const Config& config, const string& path, int standard, Fd& file)
     const int flags = O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | (root && !other ? O_NOFOLLOW : 0);
     const AsUser user(config, other);
     Fd made(path == "-" ? ::fcntl(standard, F_DUPFD_CLOEXEC, 0)
-                        : ::open(path.c_str(), flags | O_NONBLOCK, 0666));  // a FIFO needs a reader
+                        : ::open(path.c_str(), flags | O_NONBLOCK, 0666));  // a FIFO would block
     if (!made) { return os_error("cannot open the log " + path); }
     if (path != "-" && !other) { ::fcntl(made.get(), F_SETFL, O_APPEND); }
     if (root && !other) { (void)give_away(config, made); }
@@ -837,8 +834,7 @@ void add_variable(string& block, string_view name, string_view value) {
     (((block += name) += '\0') += value) += '\0';
 }
 
-/// The value of a name, in either case, in an environ block, NAME NUL value NUL …; data() is null
-/// if it has none.
+/// A value in an environ block, NAME NUL value NUL …, by its name in any case; or a null data().
 string_view lookup(string_view block, string_view name) {
     while (!block.empty()) {
         const string_view key = cut(block, '\0'), value = cut(block, '\0');
@@ -873,7 +869,7 @@ string basic_user(string_view credentials) {
         "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     if (!same_name(cut(credentials, ' '), "basic")) { return ""; }
     string text;
-    size_t bits = 0, count = 0;  // count: of the bits that are no whole byte yet
+    size_t bits = 0, count = 0;  // count: how many bits do not make a whole byte yet
     for (const char c : trim(credentials)) {
         const size_t digit = kDigits.find(c);
         if (digit == string::npos) { break; }
@@ -893,8 +889,8 @@ struct Access {
     microseconds took{};
 };
 
-/// One atom: "h", "{referer}i" … An unknown one is "-", and so is one without a value,
-/// but for h and q.
+/// The text of one atom: "h", "{referer}i" … If it is unknown or has no value: "-", but an empty
+/// text for h and q.
 string access_atom(string_view name, const Access& a) {
     const auto shown = [](string_view text) { return text.empty() ? "-" : escape(text); };
     const auto variable = [&](string_view key) { return shown(lookup(a.env, key)); };
@@ -948,8 +944,8 @@ string access_line(string_view format, const Access& access) {
 //  The arbiter binds once, before the first fork; every worker inherits the sockets.
 // ============================================================================
 struct Address {
-    string text, host, port, path;  // as it was given; path: of a unix socket
-    int fd = -1;                    // of fd://N
+    string text, host, port, path;  // text: as it was given; path: of a unix socket
+    int fd = -1;                    // N of fd://N
     bool v6 = false;
 };
 
@@ -979,10 +975,10 @@ Error parse_address(string_view text, Address& a) {
 
 struct Listener {
     Fd fd;
-    string text, path;      // as in the log: http://127.0.0.1:8000; of a unix socket
+    string text, path;      // text: for the log, http://127.0.0.1:8000; path: of a unix socket
     string host, port;      // SERVER_NAME and SERVER_PORT; empty on a unix socket
-    bool wildcard = false;  // bound to all addresses: each connection has its own
-    int64_t bound_at = 0;   // by the clock of files, where the path is ours to remove
+    bool wildcard = false;  // bound to all addresses: SERVER_NAME depends on the connection
+    int64_t bound_at = 0;   // see bound_at(); 0: the path is not ours to unlink
 };
 
 /// The numeric host and port of a socket address; both empty for a unix socket.
@@ -1005,15 +1001,15 @@ sockaddr_storage socket_name(int fd) {
     return address;
 }
 
-/// Fills in what the log and the environ need of a socket, which must be listening, and new to us.
+/// Takes over a socket, which must listen and not be ours yet; describes it for log and environ.
 Error describe(Fd fd, Listener& made) {
     int listening = 0;
     socklen_t size = sizeof listening;
     const int told = ::getsockopt(fd.get(), SOL_SOCKET, SO_ACCEPTCONN, &listening, &size);
-    if (told < 0 && errno == ENOPROTOOPT) {  // macOS and OpenBSD have the name alone
+    if (told < 0 && errno == ENOPROTOOPT) {  // macOS and OpenBSD: defined, but not supported
         listening = ::listen(fd.get(), SOMAXCONN) == 0;
     }
-    if (!listening || ::fcntl(fd.get(), F_GETFD) != 0) {  // close-on-exec: it is ours already
+    if (!listening || ::fcntl(fd.get(), F_GETFD) != 0) {  // not 0: set_flags() below was here
         const string number = to_string(fd.release());
         return {1, "descriptor " + number + " is no listening socket, or is named twice"};
     }
@@ -1031,8 +1027,8 @@ Error describe(Fd fd, Listener& made) {
     return {};
 }
 
-/// What tells our unix socket's file from another of that name: an inode's number would soon be
-/// given to the next. 0 if there is none.
+/// Tells our unix socket's file from one that another server has put in its place, which we must
+/// not unlink. By mtime, since inode numbers are soon used again. 0: there is no file.
 int64_t bound_at(const string& path) {
     struct stat info = {};
     return ::lstat(path.c_str(), &info) == 0 ? nanoseconds(info.st_mtim) : 0;
@@ -1048,11 +1044,11 @@ Error clear_path(const string& path, const sockaddr_un& name) {
     const auto address = reinterpret_cast<const sockaddr*>(&name);
     const int live = ::connect(probe.get(), address, sizeof name);
     if (live < 0 && errno == ECONNREFUSED) { ::unlink(path.c_str()); }
-    return {};  // of a live one bind() says that it is in use
+    return {};  // if it is live, bind() fails with EADDRINUSE
 }
 
-/// Accepted sockets inherit it: the kernel holds little that it could not send yet, so that a
-/// socket becomes writable whenever the window of its client opens.
+/// Accepted sockets inherit this bound on unsent bytes in the kernel. Without it a socket may not
+/// be writable again before megabytes are read, and a slow reader would be taken for a dead one.
 void limit_unsent([[maybe_unused]] int fd) {
 #ifdef TCP_NOTSENT_LOWAT
     const int bytes = 2 * kPiece;
@@ -1084,7 +1080,7 @@ Error resolve(const Address& address, sockaddr_storage& name, socklen_t& size) {
     return {};
 }
 
-/// Binds one address and listens, or takes over fd://N, which does so already.
+/// Binds one address and listens, or takes over fd://N, which already does.
 Error bind_address(const Address& address, const Config& config, Listener& made) {
     if (address.fd >= 0) { return describe(Fd(address.fd), made); }
     sockaddr_storage name{};
@@ -1123,7 +1119,7 @@ void unlink_sockets(const std::list<Listener>& listeners) {
 // ============================================================================
 //  5. Process chores: users, files of our own, supervisors
 //
-//  Each is a few calls that a good Unix process makes, in the order that they need.
+//  Each is a few system calls whose order matters.
 // ============================================================================
 
 /// Finds the numbers of --user and --group. Only root can become another user.
@@ -1132,7 +1128,7 @@ Error resolve_user(Config& config) {
     const bool number = parse_number(config.user, uid) && uid < UINT32_MAX;
     if (config.user.empty()) { uid = ::geteuid(); }
     if (number && !config.group.empty()) {
-        config.user.clear();  // nothing to look up, which a static program may not be able to
+        config.user.clear();  // no lookup is needed, and a static glibc may be unable to do one
     } else if (!config.user.empty()) {
         const struct passwd* entry =
             number ? ::getpwuid(static_cast<uid_t>(uid)) : ::getpwnam(config.user.c_str());
@@ -1164,7 +1160,7 @@ Error drop_privileges(const Config& config) {
 
 /// The process that a pid file names, 0 if there is none.
 pid_t read_pidfile(const string& path) {
-    const Fd file(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));  // it may be a FIFO
+    const Fd file(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));  // a FIFO would block
     char text[32] = "";
     int64_t pid = 0;
     (void)!::read(file.get(), text, sizeof text - 1);
@@ -1172,8 +1168,8 @@ pid_t read_pidfile(const string& path) {
     return good ? static_cast<pid_t>(pid) : 0;
 }
 
-/// Refuses a pid file with the number of a live process in it (--check-config overlooks that: it
-/// is no fault of the settings), or where none can be written.
+/// Refuses a pid file that names a live process (but not for --check-config: that the server runs
+/// is no fault of its settings) or that cannot be written.
 Error check_pidfile(const Config& config) {
     const string& path = config.pidfile;
     if (path.empty()) { return {}; }
@@ -1187,7 +1183,7 @@ Error check_pidfile(const Config& config) {
     return make_temp_file(directory, probe) ? os_error("cannot write " + path) : Error{};
 }
 
-/// Writes our number as a whole: nobody ever reads half of it.
+/// Writes our pid to a new file and renames that, so that nobody ever reads half a number.
 Error write_pidfile(const string& path) {
     if (path.empty()) { return {}; }
     string temp = path + ".XXXXXX";
@@ -1199,9 +1195,9 @@ Error write_pidfile(const string& path) {
     return error;
 }
 
-/// Goes on in a process without a terminal, in a session of its own, in the same directory.
+/// Continues in a child without a terminal, in a session of its own, in the same directory.
 Error daemonize(Config& config) {
-    for (int i = 0; i < 2; ++i) {  // who is no session leader cannot get a terminal again
+    for (int i = 0; i < 2; ++i) {  // twice: only a session leader could acquire a terminal again
         const pid_t pid = ::fork();
         if (pid < 0) { return os_error("cannot fork"); }
         if (pid > 0) { ::_exit(0); }
@@ -1209,18 +1205,18 @@ Error daemonize(Config& config) {
     }
     const Fd null(::open("/dev/null", O_RDWR | O_CLOEXEC));
     for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
-        if (::fcntl(fd, F_GETFD) == 0) { ::dup2(null.get(), fd); }  // else it is a listener of ours
+        if (::fcntl(fd, F_GETFD) == 0) { ::dup2(null.get(), fd); }  // not 0: a listener, by fd://0
     }
     config.detached = true;
     return open_logs(config);
 }
 
-/// Finds room for titles: the arguments, or memory of our own that ps shows in their place.
+/// Finds memory for titles: that of the arguments, or our own, which ps then shows instead.
 void make_title_room(Config& config, char** argv, int argc) {
     char* const last = argv[argc - 1];
     config.title = argv[0];
     config.title_size = static_cast<size_t>(last + std::strlen(last) - config.title) + 1;
-#ifdef PR_SET_MM_MAP  // prctl(2); the numbers of the fields are those of proc(5)
+#ifdef PR_SET_MM_MAP  // see prctl(2); the fields have their numbers from proc(5)
     char stat[1024] = "";
     const Fd file(::open("/proc/self/stat", O_RDONLY | O_CLOEXEC));
     (void)!::read(file.get(), stat, sizeof stat - 1);
@@ -1230,7 +1226,7 @@ void make_title_room(Config& config, char** argv, int argc) {
     for (int i = 3; i < 52; ++i) { parse_number(cut(line, ' '), fields[i]); }
     const auto field = [&fields](int i) { return static_cast<uint64_t>(fields[i]); };
     const size_t size = 200;
-    static char* const room = new char[size]();  // from the heap: ps is shown nothing else
+    static char* const room = new char[size]();  // on the heap: Linux shows anonymous memory only
     prctl_mm_map map{};
     map.start_code = field(26), map.end_code = field(27), map.start_stack = field(28);
     map.start_data = field(45), map.end_data = field(46), map.start_brk = field(47);
@@ -1244,7 +1240,7 @@ void make_title_room(Config& config, char** argv, int argc) {
 #endif
 }
 
-/// "server: worker [app] GET /" for ps; the part without `what` is also the name in top.
+/// "server: worker [app] GET /" for ps; top shows the start of the part before `what`.
 void set_title(const Config& config, const char* role, const string& what = "") {
     string title = string("server: ") + role + " [" + config.proc_name + "]";
 #ifdef __linux__
@@ -1255,7 +1251,7 @@ void set_title(const Config& config, const char* role, const string& what = "") 
     std::memcpy(config.title, title.data(), title.size());
 }
 
-/// Tells systemd, where it started us and wants to know, what goes on (sd_notify(3)).
+/// Sends systemd our state, if it has asked for that with $NOTIFY_SOCKET (sd_notify(3)).
 void notify_systemd(const string& state) {
     sockaddr_un name{};
     name.sun_family = AF_UNIX;
@@ -1271,9 +1267,9 @@ void notify_systemd(const string& state) {
 // ============================================================================
 //  6. Request: bytes to meaning
 //
-//  Nothing here touches a socket: input is a view of what has arrived so far. The same bytes
-//  give the same result, whole or one by one. RFC 9112 throughout, and strict: what two
-//  parsers could read in two ways is refused.
+//  Nothing here touches a socket: input is a view of what has arrived so far. The same bytes give
+//  the same result, whether they arrive at once or one by one. RFC 9112 throughout, and strict:
+//  what two parsers could understand differently is refused, as it could smuggle a request.
 // ============================================================================
 constexpr int kMaxHead = 1 << 20, kMaxChunkLine = 8192;  // bytes, whatever the limits say
 
@@ -1281,11 +1277,11 @@ struct Request {
     string method, target, path, query, host;  // host: of an absolute target
     int minor = 0;                             // HTTP/1.minor, 0 or 1
     using Fields = std::map<string, string, std::less<string_view>>;
-    Fields fields;            // as in the environ; repeated ones are joined
-    size_t field_memory = 0;  // about what these take
+    Fields fields;            // by their names in the environ; repeated ones are joined
+    size_t field_memory = 0;  // bytes that these take, roughly
     int64_t length = -1;      // Content-Length; -1: none
     bool expect_continue = false;
-    int https = 0, http = 0;  // fields of proxies that say it was, or was not
+    int https = 0, http = 0;  // how many kSecure fields say that the client used https, or did not
 
     /// A field by its name in the environ; data() is null if there is none.
     string_view field(const char* name) const {
@@ -1296,7 +1292,7 @@ struct Request {
 
 bool is_alnum(char c) { return is_digit(c) || (lower(c) >= 'a' && lower(c) <= 'z'); }
 
-/// Nothing but letters, digits and `others`.
+/// Whether there is nothing but letters, digits and `others`.
 bool is_made_of(string_view text, string_view others) {
     return !find(text, [others](char c) { return !is_alnum(c) && others.find(c) == string::npos; });
 }
@@ -1318,7 +1314,7 @@ int percent_byte(string_view text, size_t i) {
     return good ? static_cast<int>(byte) : -1;
 }
 
-/// Decodes %XX; what is malformed stays as it is. False for %00.
+/// Decodes %XX; a malformed one stays as it is. False: there is a %00.
 bool percent_decode(string_view text, string& out) {
     for (size_t i = 0; i < text.size(); ++i) {
         const int byte = text[i] == '%' ? percent_byte(text, i) : -1;
@@ -1343,8 +1339,8 @@ bool is_host(string_view text) {
                    : is_made_of(name, "%-._~!$&'()*+,;=");
 }
 
-/// Cuts a field line in two (RFC 9112 section 5). False: obs-fold, a blank before the colon,
-/// no name, or controls.
+/// Splits a field line at its colon (RFC 9112 section 5). False: obs-fold, whitespace before the
+/// colon, no name, or control characters.
 bool split_field(string_view line, string_view& name, string_view& value) {
     const bool colon = line.find(':') != string::npos;
     name = cut(line, ':');
@@ -1352,21 +1348,20 @@ bool split_field(string_view line, string_view& name, string_view& value) {
     return colon && is_token(name) && is_field_value(value);
 }
 
-/// What a parser has got from the bytes so far.
 enum class Parse { NeedMore, Head, Data, Done, Bad };
 
-/// What proxies say of a client that came by https; any other value: it did not.
+/// How proxies say that a client came by https; with any other value, that it did not.
 constexpr string_view kSecure[][2] = {
     {"x-forwarded-proto", "https"}, {"x-forwarded-protocol", "ssl"}, {"x-forwarded-ssl", "on"}};
 
-/// Reads one request, line by line, and its body by its framing.
+/// Reads one request: its head line by line, its body by Content-Length or in chunks.
 class RequestParser {
 public:
     explicit RequestParser(const Config& config) : config_(config) {}
 
     enum class Part { RequestLine, Fields, Data, DataEnd, ChunkSize, Trailers, End };
 
-    /// How far it has come: in the body, all that another parser needs to go on from there.
+    /// How far it has come. In the body this is all that another worker's parser needs to go on.
     struct Framing {
         Part part = Part::RequestLine;
         int fields = 0;    // in the head, then in the trailer section
@@ -1376,11 +1371,11 @@ public:
 
     Framing at;
     Request request;
-    string request_line;  // as far as logs need it; they escape it
+    string request_line;  // as much as a log shows; to be escaped there
     Error error;          // after Bad
 
-    /// Takes from the front of `in` and is called again until it says NeedMore (then with what is
-    /// left and more), Done or Bad. Head: the head is complete. Data: `piece` is of the body.
+    /// Takes bytes from the front of `in`. Head: the head is complete, call again. Data: `piece` is
+    /// part of the body, call again. NeedMore: call again with what is left of `in`, and more.
     Parse next(string_view& in, string_view& piece) {
         while (at.part != Part::End) {
             if (at.part == Part::Data) {
@@ -1426,7 +1421,7 @@ private:
 
     Error take_line(string_view line) {
         if (at.part == Part::RequestLine) {
-            if (line.empty() && head_size_ == 0) { return {}; }  // one may come before it
+            if (line.empty() && head_size_ == 0) { return {}; }  // allowed: RFC 9112 section 2.2
             at.part = Part::Fields;
             return take_request_line(line);
         }
@@ -1484,7 +1479,7 @@ private:
         return good ? Error{} : Error{400, "NUL in the path"};
     }
 
-    /// A field of the head, or of the trailer section, where fields are checked and dropped.
+    /// A field of the head, or of the trailer section, whose fields are checked and dropped.
     Error take_field(string_view line) {
         Request& r = request;
         string_view name, value;
@@ -1496,7 +1491,8 @@ private:
             const bool bad = is_length || is_host_field || is("transfer-encoding");
             return bad ? Error{400, "not a trailer field"} : Error{};
         }
-        // X_Y and X-Y would be one name in the environ; HTTP_PROXY would steer outgoing requests.
+        // X_Y would pass for X-Y in the environ; HTTP_PROXY would redirect the application's own
+        // requests ("httpoxy").
         if (name.find('_') != string::npos || is("proxy")) { return {}; }
         if (is_length) {
             const bool good = r.length < 0 && parse_number(value, r.length);
@@ -1507,17 +1503,17 @@ private:
         }
         if (is_host_field && !is_host(value)) { return {400, "not a host"}; }
         r.field_memory += 160 + line.size();
-        if (is_host_field && !r.host.empty()) { value = r.host; }  // that of the target counts
+        if (is_host_field && !r.host.empty()) { value = r.host; }  // RFC 9112 section 3.2.2
         const auto [known, is_new] = r.fields.emplace(environ_name(name), value);
         if (is_new) { return {}; }
         if (is_host_field || is("content-type")) { return {400, "two of " + known->first}; }
         return (known->second += is("cookie") ? "; " : ",") += value, Error{};
     }
 
-    /// What only the whole head tells: the host, Expect, and how the body is framed.
+    /// What needs the whole head: the host, Expect, and how the body is framed.
     Error finish_head() {
         Request& r = request;
-        string_view host = r.host;  // of the target: also where there is no such field
+        string_view host = r.host;  // the target's, which counts even without a Host field
         if (!host.empty()) { r.fields.emplace(string("HTTP_HOST"), host); }
         const string_view expect = r.field("HTTP_EXPECT");
         r.expect_continue = expect.data() != nullptr && r.minor > 0;
@@ -1530,9 +1526,9 @@ private:
         return codings.data() != nullptr ? take_codings(string(codings) + ",") : Error{};
     }
 
-    /// Exactly one `chunked`, on HTTP/1.1, without a Content-Length: all else is how requests are
-    /// smuggled (RFC 9112 section 6.1).
-    Error take_codings(string_view value) {  // with a comma behind each
+    /// `value` has a comma after each coding. Exactly one `chunked`, in HTTP/1.1, without a
+    /// Content-Length: anything else could smuggle a request (RFC 9112 sections 6.1 and 6.3).
+    Error take_codings(string_view value) {
         Request& r = request;
         if (r.minor == 0 || r.length >= 0) {
             return {400, "Transfer-Encoding beside Content-Length, or in HTTP/1.0"};
@@ -1548,7 +1544,7 @@ private:
         return at.chunked && codings == 1 ? Error{} : Error{501, "a coding other than chunked"};
     }
 
-    /// chunk-size [ chunk-ext ] (RFC 9112 section 7.1); a blank may stand before an extension.
+    /// chunk-size [ chunk-ext ] (RFC 9112 section 7.1), perhaps with whitespace between them.
     Error take_chunk_size(string_view line) {
         string_view size = line.substr(0, line.find(';'));
         if (size.size() < line.size()) { size = size.substr(0, size.find_last_not_of(" \t") + 1); }
@@ -1560,7 +1556,7 @@ private:
     }
 
     const Config& config_;
-    size_t scanned_ = 0, head_size_ = 0;  // bytes without LF at the front; of the head so far
+    size_t scanned_ = 0, head_size_ = 0;  // bytes searched for LF in vain; bytes of the head so far
 };
 
 /// Whether a list of addresses and networks (10.0.0.0/8, ::1, *) holds an address. A client on a
@@ -1572,7 +1568,7 @@ bool is_listed(string_view list, const string& address) {
         const string_view entry = trim(cut(list, ','));
         if (entry == "*") { return true; }
         if (!parse_network(entry, listed) || wanted.v6 != listed.v6) { continue; }
-        const size_t bytes = static_cast<size_t>(listed.bits / 8);  // and some bits of the next
+        const size_t bytes = static_cast<size_t>(listed.bits / 8);  // `others`: bits beyond these
         const int others = (wanted.address[bytes] ^ listed.address[bytes]) >> (8 - listed.bits % 8);
         const bool same = std::memcmp(wanted.address, listed.address, bytes) == 0;
         if (same && others == 0) { return true; }
@@ -1580,7 +1576,7 @@ bool is_listed(string_view list, const string& address) {
     return false;
 }
 
-/// Where a connection came in: SERVER_NAME, SERVER_PORT, REMOTE_ADDR, REMOTE_PORT.
+/// Both ends of a connection: SERVER_NAME, SERVER_PORT, REMOTE_ADDR, REMOTE_PORT.
 struct Endpoints {
     string server, server_port, peer, peer_port;  // all empty on a unix socket
 };
@@ -1602,7 +1598,7 @@ Parse take_proxy_v1(string_view& in, Endpoints& ends) {
         const bool plain = address.find('/') == string::npos;
         if (!plain || !parse_network(address, network) || network.v6 != v6) { return Parse::Bad; }
     }
-    for (const string_view text : {line, port}) {  // the client's comes last, and stays
+    for (const string_view text : {line, port}) {  // the client's last: `number` is to keep it
         if (!parse_number(text, number) || number > 65535) { return Parse::Bad; }
     }
     ends.peer = peer;
@@ -1631,8 +1627,8 @@ Parse take_proxy_v2(string_view& in, Endpoints& ends) {
     return Parse::Done;
 }
 
-/// Takes a PROXY header of either version off the front of what a connection sent, and the
-/// client's address out of it (HAProxy's proxy-protocol.txt, section 2). Done: or there is none.
+/// Removes a PROXY header of either version from the front of what a connection sent, and sets the
+/// client's address from it (HAProxy's proxy-protocol.txt, section 2). Done, too, if there is none.
 Parse take_proxy_header(string_view& in, Endpoints& ends) {
     static constexpr string_view kV1 = "PROXY ", kV2("\r\n\r\n\0\r\nQUIT\n", 12);
     for (const string_view start : {kV1, kV2}) {
@@ -1643,13 +1639,13 @@ Parse take_proxy_header(string_view& in, Endpoints& ends) {
     return Parse::Done;
 }
 
-/// The environ block, NAME NUL value NUL …, CONTENT_LENGTH first (PEP 3333, SCGI).
+/// The environ block, NAME NUL value NUL …, with CONTENT_LENGTH first (PEP 3333, SCGI).
 string make_environ(const Request& r, const Endpoints& ends, string_view scheme = "http") {
     const string script = environment("SCRIPT_NAME");
     string_view prefix = script, path = r.path;
     if (path.substr(0, prefix.size()) != prefix ||
         (path.size() > prefix.size() && path[prefix.size()] != '/')) {
-        prefix = {};  // the request is not below it: the two together must give its path
+        prefix = {};  // not below it: SCRIPT_NAME and PATH_INFO together must be the path
     }
     string_view server = ends.server, port = ends.server_port;
     if (server.empty()) {
@@ -1677,7 +1673,7 @@ string make_environ(const Request& r, const Endpoints& ends, string_view scheme 
     add_variable(block, "CONTENT_LENGTH", r.length < 0 ? "" : to_string(r.length));
     for (const auto& [name, value] : variables) { add_variable(block, name, value); }
     for (const auto& [name, value] : r.fields) {
-        const bool framing = name == "HTTP_TRANSFER_ENCODING";  // of a body that is decoded now
+        const bool framing = name == "HTTP_TRANSFER_ENCODING";  // the application's body is decoded
         if (!framing) { add_variable(block, name, value); }
     }
     return block;
@@ -1686,14 +1682,14 @@ string make_environ(const Request& r, const Endpoints& ends, string_view scheme 
 // ============================================================================
 //  7. Response: what the application said, checked, and the head that the client gets
 //
-//  Text in, text out, as with requests: a client is never sent what has not been looked at.
+//  Pure functions, as for requests: nothing in the application's head is sent on unchecked.
 // ============================================================================
 struct Response {
-    int status = 0;  // 0: nothing has been said yet
+    int status = 0;  // 0: there is none yet
     string line, fields;
     int64_t length = -1;  // Content-Length; -1: none
     bool has_date = false, has_server = false;
-    string dropped;  // hop-by-hop fields: they are not the application's to set
+    string dropped;  // names of hop-by-hop fields, which PEP 3333 forbids to applications
 };
 
 /// Reads "Status: 200 OK\nName: value\n…" as a runner sends it. An error says what is wrong.
@@ -1719,7 +1715,7 @@ Error parse_response(string_view head, Response& r) {
         if (is("content-length")) {
             const bool good = r.length < 0 && parse_number(value, r.length);
             if (!good) { return {500, "the Content-Length " + in_quotes(escape(value))}; }
-            if (status == 204) { continue; }  // RFC 9110 section 8.6
+            if (status == 204) { continue; }  // must not have it: RFC 9110 section 8.6
         }
         if (find(kHopByHop, is)) {
             (r.dropped += r.dropped.empty() ? "" : ", ") += name;
@@ -1733,7 +1729,7 @@ Error parse_response(string_view head, Response& r) {
     return {};
 }
 
-/// The head as it goes to the client; the date as in RFC 9110 section 5.6.7.
+/// The head as it goes to the client, with a Date (RFC 9110 section 5.6.7) made once a second.
 string final_head(const Response& r, int minor, bool chunked) {
     static time_t last = 0;
     static char date[40];
@@ -1749,7 +1745,7 @@ string final_head(const Response& r, int minor, bool chunked) {
     return head;
 }
 
-/// The server's own answer; it echoes nothing of the request.
+/// An error page of the server's own. It echoes nothing of the request, which could be a script.
 Response error_response(int status, string& body) {
     static constexpr string_view kLines =
         "400 Bad Request\n"
@@ -1780,22 +1776,22 @@ Response error_response(int status, string& body) {
 //  8. Bridge: the runner, and the pipes to it
 //
 //  worker → runner   N:CONTENT_LENGTH NUL len NUL NAME NUL value NUL … ,body    a request (SCGI)
-//                    0:,     the client has gone; only after a whole body, ignored when idle
-//                    N:path, for the Python runner: the error log is another file from now on
+//                    0:,     the client has gone; only after the whole body; ignored when idle
+//                    N:path, for the Python runner, when idle: reopen the error log at this path
 //  runner → worker   0:,     once: the application is loaded
 //                    N:Status: 200 OK\nName: value\n\n…,  N:more body,  …  0:,  a response (CGI)
-//                    0:!     instead of 0:, where it failed; without a head the worker says 500
-//                    0:;     before 0:, where the client has all, but the runner is not free yet
+//                    0:!     in place of 0:, if the application failed: a 500, if no head was sent
+//                    0:;     the response is complete, but 0:, comes later: close() has yet to run
 //
-//  N is the number of bytes up to the comma; an empty len means that the client sent none. Any
-//  program that speaks this on its standard input and output is a runner.
+//  N is the number of bytes up to the comma; len is empty if the client sent no Content-Length.
+//  Any program that speaks this on its standard input and output is a runner.
 //
-//  The Python runner reads its requests from several pipes in turn. While it answers one the next
-//  may lie in the others already, so that neither process sleeps in between. Until the runner has
-//  read one the worker can take it back, for another to run it.
+//  The Python runner reads its requests from several pipes in turn. While it answers one, the next
+//  may lie in the other pipes already, so that neither process has to sleep in between. Until the
+//  runner has read a request, the worker can take it back and have another runner run it.
 //
-//  These pipes are a slot. With --threads N the Python runner has N of them, and a thread for each
-//  that runs the same loop; the first slot alone says, for all, that the application is loaded.
+//  These pipes are a slot. With --threads N the Python runner has N slots, and a thread for each
+//  runs the same loop; only the first slot reports, for all, that the application is loaded.
 // ============================================================================
 constexpr char kRunner[] = R"py(
 import _thread, faulthandler, fcntl, importlib, io, os, select, sys
@@ -2049,7 +2045,7 @@ def main(name, paths, software, several, files, count, *fds):
 main(*map(os.fsdecode, settings))
 )py";
 
-/// A frame, and what follows it.
+/// `payload` as a frame, and then `rest`.
 string netstring(string_view payload, string_view rest = "") {
     string text = to_string(payload.size()) + ":";
     text.reserve(text.size() + payload.size() + 1 + rest.size());
@@ -2057,7 +2053,7 @@ string netstring(string_view payload, string_view rest = "") {
     return text;
 }
 
-/// Tells what the frames of a runner mean, piece by piece, however the bytes arrive.
+/// Parses the frames of a runner; how the bytes are split when they arrive makes no difference.
 class NetstringReader {
 public:
     enum class Event { NeedMore, Piece, Whole, End, Failed, Bad };
@@ -2095,36 +2091,36 @@ private:
     bool in_payload_ = false;
 };
 
-// Retired: gets no more work, and leaves once idle. Hung: SIGABRT comes before SIGKILL.
+// Retired: gets no more requests, and leaves when idle. Hung: gets SIGABRT, then SIGKILL.
 enum class Phase { Booting, Serving, Retired, Hung, Dying };
 
 struct Connection;
 struct Runner;
 
-/// A request of a slot: the present one, or one that lies in its pipe before its turn has come.
+/// A request in a slot: the present one, or one that lies in a pipe ahead of time.
 struct Turn {
-    Connection* client;  // null: nobody waits for it any more
-    size_t size;         // bytes of its frame, where that went into the pipe as a whole
+    Connection* client;  // null: nobody waits for the response any more
+    size_t size;         // bytes of its frame and body, if all are in the pipe; else 0
     string request;      // its request line
 };
 
-/// A runner's pipes for one request at a time, and that request.
+/// The pipes through which a runner, or one of its threads, runs one request after the other.
 struct Slot {
     Runner* runner = nullptr;
-    std::vector<Pair> pipes;  // of requests, used in turn
-    Fd from;                  // the pipe of replies
+    std::vector<Pair> pipes;  // for requests, used in turn; take_back() needs the reading ends
+    Fd from;                  // our end of the pipe for replies
     size_t index = 0;         // the pipe of the present request
-    Fd full;                  // a copy of that pipe, for select(), while it is full
+    Fd full;                  // while that pipe is full: a copy below FD_SETSIZE, for select()
     NetstringReader reader;
-    Spool out;                // what it has not taken yet of its request
-    bool answered = false;    // its end frame has come
-    bool gone = false;        // it has to be told that its client has
-    std::vector<Turn> turns;  // the present request, and those ahead in the pipes that come next
-    Clock::duration mean{};   // that a request takes
-    size_t ahead_limit = 0;   // how many these may be: about kAhead of work
-    size_t ahead_bytes = kPiece;  // bytes that each may have
-    Time since{};                 // when the request went out
-    Time deadline{};              // to hear of it again, or that the application is loaded
+    Spool out;                    // what the runner has not taken yet of its request
+    bool answered = false;        // the end frame of the present request has come
+    bool gone = false;            // the runner has to be told that the client has gone
+    std::vector<Turn> turns;      // the present request, then those ahead, each in the next pipe
+    Clock::duration mean{};       // how long a request takes
+    size_t ahead_limit = 0;       // how many may lie ahead: about kAhead of work
+    size_t ahead_bytes = kPiece;  // how large each of these may be
+    Time since{};                 // when the present request went out
+    Time deadline{};              // for the next frame, or for loading the application
 
     const Pair& pipe_of(size_t turn) const { return pipes[(index + turn) % pipes.size()]; }
     const Fd& pipe() const { return pipes[index].second; }
@@ -2137,19 +2133,19 @@ struct Slot {
     }
 };
 
-/// A runner process. Slots, and who points at them, rely on it staying where it is.
+/// A runner process. It must not move in memory, for its slots point back to it.
 struct Runner {
     Phase phase = Phase::Booting;
     pid_t pid = -1;
     std::vector<Slot> slots;
-    bool new_log = false;          // it has to be told where the error log is
-    Time kill_at = Time::max();    // when end_runner() is due, for one that should be gone
+    bool new_log = false;          // it has to be told to reopen the error log
+    Time kill_at = Time::max();    // when to call end_runner(), if it should leave
     int signal = 0;                // the last signal that we sent it
-    bool dead = false;             // it has ended; what it still said is being read
+    bool dead = false;             // waitpid() has seen it, but its pipes may still hold replies
     int64_t left = INT64_MAX;      // requests until its successor is started
-    Fd files;                      // with --reload: the list of the files that it has loaded
-    std::vector<int64_t> watched;  // when these were modified
-    int64_t started = 0;           // before it loaded any, on the clock of files
+    Fd files;                      // with --reload: where it lists the files that it has loaded
+    std::vector<int64_t> watched;  // the mtimes of these
+    int64_t started = 0;           // an mtime from before it loaded any: the file system's clock
 
     string name() const { return "Runner (pid:" + to_string(pid) + ") "; }  // for logs
 
@@ -2158,7 +2154,7 @@ struct Runner {
     }
 };
 
-/// Makes the pipes of a slot; to `ends` go the runner's, those of requests and one of replies.
+/// Makes the pipes of a slot. Appends the runner's ends to `ends`: for requests, then for replies.
 Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     for (int i = 0; i < config.pipes; ++i) {
         Pair& pipe = slot.pipes.emplace_back();
@@ -2179,10 +2175,10 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     return {};
 }
 
-/// In a forked child: becomes another program, with the signals' defaults and the limits of before.
+/// In a forked child: execs a program, with the default signal handling and the original limits.
 [[noreturn]] void exec_program(const Config& config, const Strings& words) {
     for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
-    set_signals({SIGTTOU}, SIG_IGN);  // it prints to the terminal, also from the background
+    set_signals({SIGTTOU}, SIG_IGN);  // else a background process cannot print (stty tostop)
     set_soft_limit(config.soft_limit);
     block_signals(false);
     std::vector<const char*> pointers;
@@ -2193,12 +2189,12 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     ::_exit(kWorkerBootError);
 }
 
-/// In the forked child: becomes the runner. Its ends of the pipes alone go with it: for Python as
-/// they are, so that nothing that starts it can read or print there; else as standard input and
-/// output.
+/// In the forked child: execs the runner, which inherits its ends of the pipes and the error log
+/// only. Python gets the pipes under other numbers than 0 and 1, lest what runs before our code
+/// (sitecustomize) read or print there; another program as standard input and output.
 [[noreturn]] void exec_runner(const Config& config, const std::vector<Fd>& ends, const string& boot,
                               pid_t worker) {
-    ::setpgid(0, 0);  // Ctrl-C is for the server; and what the application forks can be ended too
+    ::setpgid(0, 0);  // Ctrl-C then spares it, and kill(-pid) ends what it forks, too
     const bool is_python = config.runner.empty();
     for (const Fd& end : ends) { ::fcntl(end.get(), F_SETFD, is_python ? 0 : FD_CLOEXEC); }
     const Fd null(::open("/dev/null", O_RDWR | O_CLOEXEC));
@@ -2209,14 +2205,14 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
 #ifdef __linux__
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
 #endif
-    if (::getppid() != worker) { ::_exit(0); }
+    if (::getppid() != worker) { ::_exit(0); }  // the worker died before that prctl()
     const string label = "server: runner [" + config.proc_name + "]";
     exec_program(config, is_python ? Strings{config.python, "-u", "-c", boot, label}
                                    : Strings{"/bin/sh", "-c", "exec " + config.runner});
 }
 
-/// Starts a runner, which imports the application once it has been given what is in `out` of its
-/// first slot.
+/// Starts a runner. It loads the application when it has read kRunner and its settings, which are
+/// left in `out` of its first slot.
 Error start_runner(const Config& config, Runner& runner) {
     runner.slots = std::vector<Slot>(static_cast<size_t>(config.threads));
     std::vector<Fd> ends;
@@ -2244,7 +2240,7 @@ Error start_runner(const Config& config, Runner& runner) {
                         ").split(b'\\0'); exec(compile(b[0], '<server runner>', 'exec'), "
                         "{'settings': b[1:]})";
     const pid_t worker = ::getpid();
-    block_signals(true);
+    block_signals(true);  // in the child on_signal() would still write into our self-pipe
     runner.pid = ::fork();
     if (runner.pid == 0) {
         if (config.runner.empty() && config.reload) { ::fcntl(list, F_SETFD, 0); }
@@ -2252,7 +2248,7 @@ Error start_runner(const Config& config, Runner& runner) {
     }
     block_signals(false);
     if (runner.pid < 0) { return os_error("cannot fork"); }
-    ::setpgid(runner.pid, runner.pid);  // here too: a signal to its group may be due before it runs
+    ::setpgid(runner.pid, runner.pid);  // here too: kill(-pid) may come before the child runs
     if (config.runner.empty()) { runner.slots[0].out.append(source, source.size()); }
     return {};
 }
@@ -2271,44 +2267,45 @@ string exit_text(int status, bool ours = false) {
 //  ReadHead → ReadBody → Ready → Run → Reply → Linger → Done; a refused request goes straight
 //  to Reply. Only Worker::set_state() changes the state; due() says how long each may last.
 // ============================================================================
-enum class Stop { No, Leave, Drain, Now };  // Drain: the ready queue, too
+enum class Stop { No, Leave, Drain, Now };  // Leave: serve what is here; Drain: and in the queue
 enum class State { ReadHead, ReadBody, Ready, Run, Reply, Linger, Done };
 
-/// The part of a connection that goes through the ready queue as it is.
+/// The part of a connection that goes through the ready queue as raw bytes. The steady clock shows
+/// the same time in all processes.
 struct Passport {
-    Time accepted, started;            // connected; then complete, later: began to linger
-    State state = State::ReadHead;     // in the queue: Ready, or how far the request has come,
-    Time since{};                      // when it came to that, or last went on
-    RequestParser::Framing framing{};  // in the queue alone, as is the next: parser.at
-    int64_t stored = 0;                // bytes of the body that are in a file
+    Time accepted, started;            // of connecting; of the complete request, later of lingering
+    State state = State::ReadHead;     // in the queue: at most Ready
+    Time since{};                      // when that state began, or last made progress
+    RequestParser::Framing framing{};  // parser.at; this and the next are for the queue only
+    int64_t stored = 0;                // bytes of the body that are in its file
     int minor = 0;                     // HTTP/1.minor
     bool bodyless = false;             // HEAD, 204, 304: the response has no body
-    bool more = false, eof = false;    // the client sent more than its request; half-closed
-    bool closes = false;               // it has said that it sends no more
+    bool more = false, eof = false;    // the client has sent more than its request; half-closed
+    bool closes = false;               // its request said "Connection: close"
     bool awaits_proxy = false;         // a PROXY header may come first
-    bool silent = true;  // nothing else has come: a proxy looks whether somebody is there
+    bool silent = true;                // no byte of a request has come: perhaps a health check
 };
 
 struct Connection : Passport {
     explicit Connection(const Config& config) : parser(config) {}
     Fd socket;
     Endpoints ends;
-    string from;   // the socket's peer, whatever a PROXY header says
-    string in;     // read and not yet understood
-    string taken;  // what has been understood of a head that is not complete
+    string from;   // the address of the socket's peer, whatever a PROXY header says
+    string in;     // read, but not parsed yet
+    string taken;  // of a head that is not complete: what has been parsed
     RequestParser parser;
     string env;             // environ block, once the head is complete
-    Spool body, out;        // of the request; what the client has not taken yet
-    string app_head, head;  // of the response: the application's, the client's
+    Spool body, out;        // the request's body; what the client has not taken yet
+    string app_head, head;  // of the response: from the application, to the client
     Response response;
-    int64_t left = -1;                           // of the response's Content-Length; -1: none
-    int64_t body_bytes = 0;                      // of the response, so far
-    size_t head_counted = 0, reply_counted = 0;  // in Worker::head_memory_, reply_memory_
-    bool chunked = false;                        // the response is
-    bool complete = false, broken = false;       // no more will come; it must end visibly cut
+    int64_t left = -1;       // of the response's Content-Length, still to come; -1: it has none
+    int64_t body_bytes = 0;  // of the response's body, so far
+    size_t head_counted = 0, reply_counted = 0;  // our part of Worker::head_memory_, reply_memory_
+    bool chunked = false;                        // the response goes out in chunks
+    bool complete = false, broken = false;  // nothing will follow `out`; it must end visibly cut
 
-    /// As a datagram of the ready queue: passport, netstrings, body. Of a head that is not complete
-    /// all bytes go along, to be read again. The socket and the body's file travel beside it.
+    /// Makes a datagram for the ready queue: passport, netstrings, body. An incomplete head goes as
+    /// bytes, to be parsed anew. The socket and the body's file travel as descriptors.
     string pack() {
         framing = parser.at;
         stored = body.stored();
@@ -2322,7 +2319,7 @@ struct Connection : Passport {
     }
 
     void unpack(string_view message) {
-        Passport pass;  // not in place: behind a base other members may lie in its padding
+        Passport pass;  // memcpy() onto the base itself could hit members in its tail padding
         std::memcpy(&pass, message.data(), sizeof pass);
         Passport::operator=(pass);
         message.remove_prefix(sizeof pass);
@@ -2336,7 +2333,7 @@ struct Connection : Passport {
         body.append(message, message.size());
     }
 
-    /// Bytes of the head, which is kept twice until it is complete.
+    /// Memory for the head, which is there twice until it is complete: as bytes and parsed.
     size_t head_memory() const {
         return in.capacity() + taken.capacity() + parser.request.field_memory + env.capacity();
     }
@@ -2344,8 +2341,8 @@ struct Connection : Passport {
 
 constexpr size_t kMaxMessage = 4 * kPiece;
 
-/// Sends a datagram of the ready queue with its two descriptors (SCM_RIGHTS), or receives one with
-/// theirs. Its size; -1, with errno, where the queue is full, or empty, or the datagram too large.
+/// Sends or receives a datagram of the ready queue with two descriptors (SCM_RIGHTS). Returns its
+/// size; -1, with errno, if the queue is full, or empty, or the datagram too large.
 ssize_t exchange_message(const Fd& queue, bool send, char* data, size_t size, int (&fds)[2]) {
     alignas(cmsghdr) char control[CMSG_SPACE(sizeof fds)] = {};
     struct iovec part = {data, size};
@@ -2369,27 +2366,27 @@ ssize_t exchange_message(const Fd& queue, bool send, char* data, size_t size, in
 // ============================================================================
 //  10. Worker: one select loop between clients, the ready queue and the runner
 //
-//  No call but select() waits for a client or an application: who is slow costs no other a moment.
-//  What a worker knows stands at the end of the class.
+//  Only select() ever waits for a client or an application, so that a slow one delays no other.
+//  The members stand at the end of the class.
 // ============================================================================
-constexpr auto kGather = 1200ms;     // from a worker's wish for a reload to it: others will wish it
-constexpr auto kTick = 100ms;        // how exact a deadline is
-constexpr auto kColdDelay = 20ms;    // how long select() may leave out who was silent for a tick
+constexpr auto kGather = 1200ms;     // from a worker's wish for a reload to it: others follow
+constexpr auto kTick = 100ms;        // how precise deadlines are
+constexpr auto kColdDelay = 20ms;    // how long select() may ignore clients silent for a tick
 constexpr auto kAcceptDelay = 10ms;  // how long a busy worker leaves connections to idle ones
-constexpr auto kAhead = 1ms;         // how long a request may lie ready for a busy runner
-constexpr auto kKillDelay = 500ms;   // from asking a process to go to SIGKILL
+constexpr auto kAhead = 1ms;         // how long a request may lie ahead in a busy runner's pipe
+constexpr auto kKillDelay = 500ms;   // from asking a process to leave to SIGKILL
 constexpr auto kLingerSilence = 2s, kLingerTotal = 10s;  // as nginx's lingering_close
-constexpr auto kSendSilence = 60s;  // at least, as nginx's send_timeout: TCP tells in large steps
-constexpr size_t kReplyMemory = size_t{1} << 20, kWorkerMemory = size_t{16} << 20;
+constexpr auto kSendSilence = 60s;  // or --timeout if longer: ACKs of slow readers come in bursts
+constexpr size_t kReplyMemory = size_t{1} << 20, kWorkerMemory = size_t{16} << 20;  // bytes
 #ifdef MSG_MORE
-constexpr int kMore = MSG_MORE;  // the last bytes leave with the FIN, in one segment
+constexpr int kMore = MSG_MORE;  // the last bytes wait to share a segment with the FIN
 #else
 constexpr int kMore = 0;
 #endif
 
 class Worker {
 public:
-    /// `queue` is what every worker of every generation inherits.
+    /// `queue`, the ready queue, is shared by the workers of all generations.
     Worker(const Config& config, std::list<Listener>& listeners, const Pair& queue, const Fd& tmp,
            pid_t arbiter)
         : config_(config), listeners_(listeners), queue_(queue), tmp_(tmp), arbiter_(arbiter) {}
@@ -2408,11 +2405,11 @@ public:
 private:
     // --- life -------------------------------------------------------------------------------
 
-    /// After the fork: signals, the application's environment, another user, the first runner.
+    /// After the fork: sets up signals, environment and user, and starts the first runner.
     Error init_process() {
         log(Level::Info, "Booting worker with pid: " + to_string(::getpid()));
         set_title(config_, "worker");
-#ifdef M_TRIM_THRESHOLD  // else the pieces of a body cost page faults, each time anew
+#ifdef M_TRIM_THRESHOLD  // else free() gives pages back that the next piece of a body faults in
         ::mallopt(M_TRIM_THRESHOLD, 1 << 20);
 #endif
         if (Error error = make_pipe(g_self_pipe, true)) { return error; }
@@ -2422,19 +2419,19 @@ private:
         for (const char* name :
              {"SERVER_UPGRADE", "SERVER_SOCKETS", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
               "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}) {
-            ::unsetenv(name);  // what is between systemd, an old master and this server
+            ::unsetenv(name);  // meant for the master only, not for programs of the application
         }
-        // As gunicorn does: web.py takes who does not for a trial, and shows its errors to all.
+        // As gunicorn does: without it web.py takes this for a trial and shows clients tracebacks.
         ::setenv("SERVER_SOFTWARE", (string("server/") + kVersion).c_str(), 1);
         for (const string& pair : config_.raw_env) { ::putenv(const_cast<char*>(pair.c_str())); }
-        ::tzset();  // or the time in the logs would depend on what was logged before
+        ::tzset();  // -e may have set TZ, at which localtime_r() need not look
         if (Error error = drop_privileges(config_)) { return error; }
         ::srandom(static_cast<unsigned>(::getpid()));
         return boot_runner();
     }
 
-    /// Beats the heart: the file's mode alternates, the arbiter reads its ctime. Mode 0002: booted;
-    /// 0174: how often new workers were wanted.
+    /// The heartbeat: any change of the file's mode moves its ctime, which the arbiter reads. Bits
+    /// of the mode: 0001 alternates; 0002: booted; 0174: counts wishes for a reload.
     void notify() {
         spinner_ = !spinner_;
         const int mode = wishes_ % 32 * 4 + (booted_ ? 2 : 0) + (spinner_ ? 1 : 0);
@@ -2444,7 +2441,7 @@ private:
 
     void ask_reload() { ++wishes_, notify(); }
 
-    /// Whether a runner is still wanted.
+    /// Whether a runner is still needed.
     bool has_work() const {
         return stop_ < Stop::Leave ||
                (stop_ < Stop::Now && (connected_ > 0 || !listeners_.empty() ||
@@ -2466,7 +2463,7 @@ private:
 
     void reopen_logs() {
         if (Error error = open_logs(config_)) {
-            const bool denied = errno == EACCES && stop_ == Stop::No;  // as --user
+            const bool denied = errno == EACCES && stop_ == Stop::No;  // to --user, not to root
             log(Level::Error, error.text + (denied ? ": new workers inherit it" : ""));
             if (denied) { ask_reload(); }
             return;
@@ -2478,7 +2475,7 @@ private:
         }
     }
 
-    /// Tells a runner where the error log is, as soon as it would read that.
+    /// Tells a runner to reopen the error log, when it is idle and will read that.
     void tell_log(Runner& runner) {
         Slot& slot = runner.slots[0];
         if (!runner.new_log || slot.busy() || runner.phase != Phase::Serving) { return; }
@@ -2487,16 +2484,16 @@ private:
         feed_runner(slot);
     }
 
-    /// Unless it is now, what has been accepted is served, and what waits in the backlog accepted.
+    /// Begins to stop. Unless `how` is Now, first accepts what waits in the kernel's backlog.
     void stop(Stop how) {
         if (stop_ == Stop::No) { stopped_ = now_; }
         stop_ = std::max(stop_, how);
         if (booted_ && stop_ != Stop::Now) { empty_backlog(); }
-        if (!booted_ || stop_ != Stop::Drain) { listeners_.clear(); }  // others serve the rest
-        next_tick_ = now_;  // to dismiss the runner if nothing is left to do
+        if (!booted_ || stop_ != Stop::Drain) { listeners_.clear(); }  // others accept the rest
+        next_tick_ = now_;  // to dismiss the runner at once if there is nothing to do
     }
 
-    /// The graceful timeout is over: who is still there gets his answer, or no more of it.
+    /// The graceful timeout is over: clients still here get a 503 or, within a response, no more.
     void give_up() {
         log(Level::Warning, "The graceful timeout is over");
         each_slot([this](Slot& slot) {
@@ -2508,31 +2505,31 @@ private:
                 if (!c || c->state >= State::Linger) { continue; }
                 if (c->response.status != 0) { log_about(*c, Level::Warning, "Cut off"); }
                 end_response(*c, false, {503, "the graceful timeout is over"});
-                if (c && c->state == State::Reply) { finish(*c), settle(*c); }  // it is slow
+                if (c && c->state == State::Reply) { finish(*c), settle(*c); }  // it reads slowly
             }
         } while (stop_ == Stop::Drain && dequeue());
         stop(Stop::Now);
     }
 
-    /// Accepts what waits at the listeners, as there is room for it, but no more than their backlog
-    /// holds: more may come all the time.
+    /// When stopping: accepts what waits at the listeners, then closes them; without room for it,
+    /// goes on later. At most --backlog from each: new clients may keep coming for ever.
     void empty_backlog() {
         for (; stop_ != Stop::No && !listeners_.empty(); listeners_.pop_back(), closed_ = 0) {
             for (accept_again_ = now_; closed_ < config_.backlog; ++closed_) {
                 if (!accept_client(listeners_.back())) { break; }
             }
-            if (accept_again_ > now_) { return; }  // no room, for now
+            if (accept_again_ > now_) { return; }  // no room: turn() calls this again
         }
     }
 
     // --- the loop ---------------------------------------------------------------------------
 
-    /// One select(), and what comes of it; then the work of run_requests(), pass_on(),
-    /// empty_backlog() and tick().
+    /// One select(), and the work that it brings. Of many clients, those that have been silent for
+    /// a tick are looked at only every kColdDelay: select() takes time for each in its set.
     void turn() {
-        const bool leave_out = connected_ > 64 && now_ < hot_until_;  // it is not worth it for few
+        const bool leave_out = connected_ > 64 && now_ < hot_until_;
         fd_set reads = leave_out ? hot_ : reads_, writes = writes_;
-        const bool all = std::memcmp(&reads, &reads_, sizeof reads) == 0;  // no cold one stays out
+        const bool all = std::memcmp(&reads, &reads_, sizeof reads) == 0;  // none is left out
         show_title();
         const Time until = prepare(reads, writes);
         wait_ready(max_fd_, reads, writes, all ? until : std::min(until, hot_until_));
@@ -2542,7 +2539,7 @@ private:
             return fd && FD_ISSET(fd.get(), &set);
         };
         if (is_set(g_self_pipe.first, reads)) { handle_signals(); }
-        if (woken > before + 1500ms) {  // frozen, perhaps with the runner
+        if (woken > before + 1500ms) {  // no sleep is that long: we, or all, have been stopped
             thawed_ = woken, stopped_ += woken - before;
         }
         each_slot([&](Slot& slot) {
@@ -2575,13 +2572,13 @@ private:
         if (now_ >= next_tick_) { tick(); }
     }
 
-    /// Another worker was quicker. Who comes too late twice within a millisecond is not needed, and
-    /// leaves connections to the others for a while: to wake for each of them costs more.
+    /// Woken for a client that another worker has accepted. If that happens twice within 1 ms, the
+    /// others suffice: to save needless wake-ups, ignores the listeners for kAcceptDelay.
     void came_too_late(Time woken) {
         if (woken < std::exchange(lost_at_, woken) + 1ms) { accept_again_ = woken + kAcceptDelay; }
     }
 
-    /// What ps tells of this process while it sleeps; query strings are nobody's business.
+    /// What ps shows of this process; without query strings, in which there may be secrets.
     void show_title() {
         string_view title = "idle ";
         each_slot([&](const Slot& slot) {
@@ -2591,7 +2588,7 @@ private:
         if (booted_ && title != shown_) { set_title(config_, "worker", shown_ = title); }
     }
 
-    /// Completes the sets with what depends on the runner, and says when to wake at the latest.
+    /// Adds to the sets all that is no client, and returns the time by which select() must return.
     Time prepare(fd_set& reads, fd_set& writes) {
         const bool idle = has_idle_slot(), at_once = idle && !ready_.empty();  // see run_requests()
         Time until = at_once ? now_ : std::min(next_tick_, pass_at());
@@ -2599,15 +2596,15 @@ private:
         each_slot([&](Slot& slot) {
             if (slot.full) { watch(slot.full, writes); }
             const bool stalled = slot.current() != nullptr && slot.current()->out.full();
-            if (stalled) { slot.deadline = patience(now_); }  // by the client, not the application
+            if (stalled) { slot.deadline = patience(now_); }  // the client's fault: it reads slowly
             if (!slot.from || stalled) { return; }
             watch(slot.from, reads);
             until = std::min(until, take_back_at(slot));
         });
         const bool room = connected_ <= config_.worker_connections;
         if (places() > 0 && room && stop_ != Stop::Leave) { watch(queue_.second, reads); }
-        // A busy worker leaves connections to idle ones, or all would wake for one: it looks for
-        // them once in kAcceptDelay, and takes those that still wait after kAhead.
+        // A busy worker leaves connections to idle ones: it watches the listeners only once in
+        // kAcceptDelay, and then accepts only what still waits after kAhead.
         const Time busy_at = called_ ? look_at_ : std::max(look_at_, last_begin_ + kAcceptDelay);
         const Time accept_at = std::max(accept_again_, idle ? now_ : busy_at);
         for (const Listener& each : listeners_) {
@@ -2621,8 +2618,8 @@ private:
         max_fd_ = std::max(max_fd_, fd.get());
     }
 
-    /// Gives the runners as much work as they may have, and goes on without select() while they
-    /// answer at once.
+    /// Gives the runners as much work as they may have, and does without select() while they answer
+    /// at once.
     void run_requests() {
         for (int round = 0; round < 8; ++round) {
             if (std::exchange(look_, false)) { take_from_queue(); }
@@ -2634,10 +2631,10 @@ private:
         }
     }
 
-    /// Yields the processor instead of sleeping: to a runner whose pipes are all full, for it then
-    /// answers many requests for one wake-up; or for the only client, as that is quicker. Programs
-    /// that compute get their time slice by it, too, so after a long yield that client gets none
-    /// for a hundred times as long. Returns whether the runner has answered.
+    /// Yields the processor instead of sleeping: to a runner whose pipes are all full, which then
+    /// answers many requests for one wake-up; or for a single client, as to be woken takes longer.
+    /// Programs that compute get a time slice by it, too: after a long yield the single client has
+    /// none for a hundred times as long. Returns whether the runner has answered.
     bool yield_to(Slot& slot) {
         const bool full = slot.turns.size() > 1 && slot.turns.size() == slot.pipes.size();
         int tries = full ? 3 : connected_ == 1 ? 40 : 0;
@@ -2650,13 +2647,13 @@ private:
         return false;
     }
 
-    /// Every kTick, or once a second when idle: heartbeat, deadlines, cold sockets, runners, queue.
+    /// Every kTick, or once a second when idle: heartbeat, deadlines, runners.
     void tick() {
         if (::getppid() != arbiter_) { stop(Stop::Now); }
         const auto grace = std::max<Clock::duration>(config_.graceful_timeout, 2 * kTick);
         const bool over = stop_ != Stop::No && stop_ != Stop::Now && now_ >= stopped_ + grace;
-#ifndef __APPLE__  // whose kernel may shut the reading side of a socket that only a message holds
-        // Behind what waits for a runner nobody would read them; but in the end that is better.
+#ifndef __APPLE__  // whose kernel may shut the reading side of a socket while it is in a message
+        // Not behind requests in the queue, where nobody would read on; when time is over, even so.
         if (stop_ == Stop::Leave && (over || !is_ready(queue_.second))) { pass_on_readers(); }
 #endif
         if (over) { give_up(); }
@@ -2667,7 +2664,7 @@ private:
         hot_ = std::exchange(fresh_, fd_set{});
         for (const auto& c : connections_) {
             if (!c || now_ < due(*c)) { continue; }
-            if (c->state <= State::ReadBody) { read_client(*c); }  // perhaps it has come
+            if (c->state <= State::ReadBody) { read_client(*c); }  // it may have come in time
             if (now_ >= due(*c)) { expire(*c); }
             settle(*c);
         }
@@ -2677,11 +2674,11 @@ private:
         next_tick_ = idle ? next_notify_ : now_ + kTick;
     }
 
-    /// Hung slots, runners that should be gone, and whether another has to start.
+    /// Ends hung slots and runners that should have left, and starts another if one is needed.
     void tick_runners() {
-        const Time anew = patience(thawed_);  // a stop, which they may have shared, does not count
+        const Time anew = patience(thawed_);  // they may have been stopped together with us
         each_slot([&](Slot& slot) {
-            if (!slot.full) { feed_runner(slot); }  // there was no descriptor for it
+            if (!slot.full) { feed_runner(slot); }  // if there was no descriptor for slot.full
             if (slot.busy() && now_ >= std::max(slot.deadline, anew)) { hung_app(slot); }
         });
         const bool done = !has_work();
@@ -2697,8 +2694,8 @@ private:
             if (over || now_ >= runner.kill_at) { end_runner(runner); }
             if (done || (runner.phase == Phase::Retired && !runner.busy())) { dismiss(runner); }
         }
-        // Who has had its --max-requests goes on until another is ready.
-        const bool alone = runners_.size() == 1;  // never three, with one that hangs
+        // A runner that has had its --max-requests serves on until its successor is ready.
+        const bool alone = runners_.size() == 1;  // never start a third
         const auto stays = [alone](const Runner& each) {
             const bool spent = each.phase == Phase::Serving && each.left <= 0;
             return each.phase != Phase::Retired && !(alone && (spent || each.phase == Phase::Hung));
@@ -2708,7 +2705,7 @@ private:
         }
     }
 
-    /// After any event of a connection: the sets, the memory it uses, and its end.
+    /// To be called after any event of a connection: updates sets and sums, or deletes it if Done.
     void settle(Connection& c) {
         const bool done = c.state == State::Done;
         const size_t heads = done ? 0 : c.head_memory(), replies = done ? 0 : c.out.allocated();
@@ -2717,27 +2714,27 @@ private:
         for (fd_set* set : {&reads_, &hot_, &fresh_}) { watch(c.socket, *set, !done && !c.eof); }
         watch(c.socket, writes_, !done && c.out.size() > 0);
         if (!done) { return; }
-        if (stop_ != Stop::No) { accept_again_ = now_; }  // for empty_backlog() there is room now
+        if (stop_ != Stop::No) { accept_again_ = now_; }  // empty_backlog() has room again
         --connected_;
         connections_[c.socket.get()].reset();
     }
 
-    /// Until when one waits for a sign of life after the one at `since`.
+    /// The deadline for the next sign of life after the one at `since`.
     Time patience(Time since) const {
         return config_.timeout > 0s ? since + config_.timeout : Time::max();
     }
 
-    /// By when something has to come of a connection.
+    /// The deadline of a connection in its present state.
     Time due(const Passport& c) const {
         switch (c.state) {
-            case State::ReadHead:  // when we stop, what a silent one sends may be on its way
+            case State::ReadHead:  // when we stop, a silent client's request may be on its way
                 return c.silent && stop_ == Stop::Drain ? std::max(c.accepted, stopped_) + 1s
                                                         : c.accepted + config_.header_timeout;
             case State::ReadBody: return patience(c.since);
             case State::Ready: return patience(std::max(c.started, thawed_));
             case State::Reply: return std::max(patience(c.since), c.since + kSendSilence);
             case State::Linger: return std::min(c.since + kLingerSilence, c.started + kLingerTotal);
-            case State::Run:  // the runner has a deadline
+            case State::Run:  // the slot has a deadline
             case State::Done: break;
         }
         return Time::max();
@@ -2750,14 +2747,13 @@ private:
         c.since = now_;
     }
 
-    /// What becomes of a connection whose time is up.
     void expire(Connection& c) {
         switch (c.state) {
             case State::ReadHead: return refuse(c, {408, "the head of the request took too long"});
             case State::ReadBody: return refuse(c, {408, "the body of the request stopped coming"});
             case State::Ready: return refuse(c, {503, "no runner was to be had"});
             case State::Reply:
-                if (c.out.size() == 0) { return set_state(c, State::Reply); }  // waits for more
+                if (c.out.size() == 0) { return set_state(c, State::Reply); }  // it has taken all
                 log_about(c, Level::Info, "The client took nothing");
                 return client_gone(c);
             case State::Linger: return set_state(c, State::Done);
@@ -2768,12 +2764,12 @@ private:
 
     // --- clients ----------------------------------------------------------------------------
 
-    /// Some from each listener; but no more than it takes to give the runner what it wants: the
-    /// rest is for the other workers.
+    /// Accepts some clients from each listener; but, if the runners want requests, only as many as
+    /// they want: the rest is for the other workers.
     void accept_clients() {
         const bool wanted = wants_request();
         for (size_t n = listeners_.size(); n > 0 && now_ >= accept_again_; --n) {
-            const Listener& listener = listeners_.front();  // who is first now is last then
+            const Listener& listener = listeners_.front();  // which becomes the last: each in turn
             listeners_.splice(listeners_.end(), listeners_, listeners_.begin());
             for (int i = 0; i < 16 && (!wanted || wants_request()); ++i) {
                 if (!accept_client(listener)) { break; }
@@ -2782,8 +2778,8 @@ private:
         }
     }
 
-    /// Accepts one client. False: nobody waits at this listener; or nobody can be taken in, and all
-    /// listeners are left alone for a moment, so as not to spin around them.
+    /// Accepts one client. False: none waits at this listener; or there is no room for it, and all
+    /// listeners are ignored for kTick, as the loop would spin while they stay readable.
     bool accept_client(const Listener& listener) {
         const bool full = connected_ >= config_.worker_connections;
         if (full && !is_ready(listener.fd)) { return false; }
@@ -2800,10 +2796,10 @@ private:
 #endif
         const bool short_of =
             errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM;
-        if (!fd && !short_of) { return !would_block(); }  // or what ails one connection
+        if (!fd && !short_of) { return !would_block(); }  // else one connection failed: go on
         if (!fd) {
             const Error error = os_error("cannot accept");
-            if (!is_ready(listener.fd)) { return false; }  // it says so where nobody waits, too
+            if (!is_ready(listener.fd)) { return false; }  // EMFILE comes even if no client waits
             log(Level::Error, error.text), shed();
             return accept_again_ = now_ + kTick, false;
         }
@@ -2824,7 +2820,8 @@ private:
         return true;
     }
 
-    /// The one door for sockets that select() will see; null for a descriptor beyond its reach.
+    /// Makes a connection of a socket; or closes it and returns null if its number is too high for
+    /// select(), as FD_SET() would write past the end of the set.
     Connection* adopt(Fd fd) {
         const int number = fd.get();
         if (number < 0 || number >= FD_SETSIZE) { return nullptr; }
@@ -2835,9 +2832,9 @@ private:
         return connections_[number].get();
     }
 
-    /// Makes room for one more: who lingers has to go, or else who came first of those that are
-    /// unfinished, or have taken nothing for `timeout`. False: all are being served; or what lay
-    /// in the kernel has just completed this one's request.
+    /// Makes room for one more client: drops the oldest that lingers or, if none does, the oldest
+    /// whose request is unfinished or who has taken nothing for --timeout. False: all are being
+    /// served, or bytes unread until now complete the request of the one chosen.
     bool shed() {
         const auto rank = [](const Connection& c) {
             return std::make_pair(c.state != State::Linger, c.accepted);
@@ -2854,7 +2851,7 @@ private:
         read_client(*victim);
         if (victim->state <= State::ReadBody) {
             refuse(*victim, {503, "too many connections"});
-            (void)!::read(victim->socket.get(), buffer_, kPiece);  // unread bytes would reset it
+            (void)!::read(victim->socket.get(), buffer_, kPiece);  // or close() sends a reset
         }
         if (victim->state >= State::Reply) { expire(*victim); }
         const bool gone = victim->state == State::Done;
@@ -2862,11 +2859,11 @@ private:
         return gone;
     }
 
-    /// Reads what a client sent, and lets its state say what that means.
+    /// Reads once from a client. What the bytes mean depends on the connection's state.
     void read_client(Connection& c) {
         const ssize_t n = ::read(c.socket.get(), buffer_, kPiece);
         if (n < 0) { return would_block() ? void() : client_gone(c); }
-        c.eof = n == 0;  // a half-close: the client still gets its answer
+        c.eof = n == 0;  // a half-close: the client can still read
         if (c.state <= State::ReadBody) {
             return parse(c, string_view(buffer_, static_cast<size_t>(n)));
         }
@@ -2874,7 +2871,7 @@ private:
         if (c.state == State::Linger) { set_state(c, c.eof ? State::Done : State::Linger); }
     }
 
-    /// Head and body, as far as they have come: what was left of them, and `fresh`.
+    /// Parses what was left over in c.in, and then `fresh`, and acts on it.
     void parse(Connection& c, string_view fresh) {
         if (!c.in.empty()) { fresh = c.in += fresh; }
         string_view in = fresh, piece;
@@ -2900,7 +2897,7 @@ private:
         c.since = now_;
     }
 
-    /// Whether a head, or a line of a body, is too large for what all heads have taken already.
+    /// Refuses a head, or a line in a body, above 64 KiB while all heads take above kWorkerMemory.
     bool refuse_large(Connection& c, size_t held) {
         const bool large = held > kPiece && head_memory_ > kWorkerMemory;
         if (large) { refuse(c, {503, "no memory for so large a head"}); }
@@ -2929,7 +2926,7 @@ private:
         if (https && c.parser.request.http > 0) {
             return refuse(c, {400, "contradicting X-Forwarded fields"});
         }
-        const Request request = std::exchange(c.parser.request, Request());  // goes: there is env
+        const Request request = std::exchange(c.parser.request, Request());  // c.env replaces it
         c.minor = request.minor;
         c.bodyless = request.method == "HEAD";
         c.closes = same_name(request.field("HTTP_CONNECTION"), "close");
@@ -2949,7 +2946,7 @@ private:
         return config_.limit_request_body > 0 && body > config_.limit_request_body;
     }
 
-    /// The request is complete: dispatch() gives it to a runner, or it waits.
+    /// The request is complete, and waits until dispatch() gives it to a runner.
     void ready(Connection& c) {
         if (c.parser.at.chunked) {
             c.env.insert(sizeof "CONTENT_LENGTH", to_string(c.body.size()));
@@ -2960,12 +2957,12 @@ private:
         set_state(c, State::Ready);
     }
 
-    /// Answers in the server's own name, whatever became of the request, if there was one.
+    /// Answers with an error page; or closes in silence, if the client has not sent anything.
     void refuse(Connection& c, const Error& error) {
         if (c.silent) { return set_state(c, State::Done); }
         log_about(c, error.code < 500 ? Level::Warning : Level::Error,
                   to_string(error.code) + " to " + c.ends.peer + ": " + error.text);
-        c.minor = std::max(c.minor, c.parser.request.minor);  // perhaps only part of one
+        c.minor = std::max(c.minor, c.parser.request.minor);  // the head may not be complete
         c.bodyless = c.bodyless || c.parser.request_line.find("HEAD ") == 0;
         discard(c.in), discard(c.taken);
         c.parser.request = Request();
@@ -2994,15 +2991,15 @@ private:
         if (c.complete && c.state == State::Reply) { finish(c); }
     }
 
-    /// All has been sent. A close with bytes unread would reset the connection, and might take the
-    /// response with it: then half-close, and read on (RFC 9112 section 9.6). The half-close comes
-    /// before the look for such bytes, for with kMore the last of the response leave only then. Who
-    /// has promised to send no more is spared both: close() sends these, too.
+    /// All has been sent. close() with unread bytes resets the connection, and the client could
+    /// lose the end of the response: then half-close, and read on (RFC 9112 section 9.6). It comes
+    /// before the look for such bytes, since it pushes out what kMore holds back. A client that
+    /// said "Connection: close" sends no more: close() alone does, and saves two system calls.
     void finish(Connection& c) {
         write_access(c);
         discard(c.env);
         if (c.broken && !c.chunked && c.left < 0 && !c.bodyless) {
-            const struct linger reset = {1, 0};  // only a reset shows that this response is cut
+            const struct linger reset = {1, 0};  // without length or chunks, a FIN would look whole
             ::setsockopt(c.socket.get(), SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
             return set_state(c, State::Done);
         }
@@ -3014,7 +3011,7 @@ private:
         set_state(c, c.more && !c.eof ? State::Linger : State::Done);
     }
 
-    /// A reset or a failed write: nobody is there to be answered.
+    /// After a reset or a failed write: there is nobody to answer.
     void client_gone(Connection& c) {
         if (c.state != State::Linger && !c.silent) { write_access(c); }
         each_slot([&](Slot& slot) {
@@ -3031,11 +3028,11 @@ private:
 
     void write_access(const Connection& c) {
         if (!g_log.access_file) { return; }
-        const int64_t bytes = std::max<int64_t>(c.body_bytes - c.out.size(), 0);  // less if cut
+        const int64_t bytes = std::max<int64_t>(c.body_bytes - c.out.size(), 0);  // sent, roughly
         const auto took = std::chrono::ceil<microseconds>(Clock::now() - c.started);
-        const int status = c.response.status != 0 ? c.response.status : 499;  // gone before that
+        const int status = c.response.status != 0 ? c.response.status : 499;  // nginx: client left
         const Access access{c.env, c.head, c.parser.request_line, c.ends.peer, status, bytes, took};
-        const char* start = logs_access_ ? "" : "\n";  // the last line may be half a one
+        const char* start = logs_access_ ? "" : "\n";  // the last line may be incomplete
         const bool good =
             write_all(g_log.access_file, start + access_line(config_.access_log_format, access));
         if (std::exchange(logs_access_, good) && !good) {
@@ -3045,8 +3042,9 @@ private:
 
     // --- the ready queue --------------------------------------------------------------------
 
-    /// When the first of those that wait here goes to the queue: after 1 ms; or, as long as the
-    /// runner begins requests more often than that, after 10 ms. A full queue gets 10 ms of rest.
+    /// When the oldest request here goes to the queue: 1 ms after it came or a runner last began
+    /// another, whichever is later, but within 10 ms. A queue that was full is left alone for 10
+    /// ms.
     Time pass_at() const {
         if (ready_.empty()) { return Time::max(); }
         const Time since = ready_.front()->started;
@@ -3054,14 +3052,13 @@ private:
         return std::max(queue_again_, quick);
     }
 
-    /// Sends a connection, with all that is known of it, to whichever worker takes it from the
-    /// queue. False: it stays here.
+    /// Sends a connection through the queue to whichever worker takes it. False: it stays here.
     bool enqueue(Connection& c) {
         const size_t head = c.env.size() + c.taken.size() + c.in.size();
-        string message = head > kMaxMessage ? string() : c.pack();  // it could not be sent
+        string message = head > kMaxMessage ? string() : c.pack();  // too large: EMSGSIZE below
         const size_t size = std::max(head, message.size());
         const int socket = c.socket.get(), file = c.body.file().get();
-        int fds[] = {socket, file < 0 ? socket : file};  // always two; one may be a mere copy
+        int fds[] = {socket, file < 0 ? socket : file};  // always two, if need be the same
         if (exchange_message(queue_.first, true, message.data(), size, fds) < 0) {
             queue_again_ = now_ + 10ms;
             return false;
@@ -3071,16 +3068,16 @@ private:
         return true;
     }
 
-    /// Sends on who waits here for a runner. A head too large for a datagram stays, behind the
-    /// others, and waits for the runner of this worker.
+    /// Moves requests that wait here to the queue. One whose head is too large for a datagram goes
+    /// behind the others and waits for a runner of this worker.
     void pass_on() {
-        while (now_ >= pass_at()) {  // not after a failure
+        while (now_ >= pass_at()) {  // a failure ends this: queue_again_
             const bool bulky = !enqueue(*ready_.front()) && errno == EMSGSIZE;
             if (bulky) { ready_.splice(ready_.end(), ready_, ready_.begin()); }
         }
     }
 
-    /// A worker that leaves while others stay gives them its unfinished requests, too.
+    /// A worker that leaves while others stay gives them even its unfinished requests.
     void pass_on_readers() {
         for (const auto& c : connections_) {
             const bool reader = c && c->state <= State::ReadBody && c->out.size() == 0;
@@ -3088,9 +3085,10 @@ private:
         }
     }
 
-    /// What runners want comes from the queue first: it has waited longer than what waits here. So
-    /// does what needs none: requests that are not complete, and those that have waited too long;
-    /// but to a worker that may never serve, for they would be lost with it.
+    /// Takes as many requests from the queue as the runners want, and puts them before those that
+    /// wait here, which have not waited as long. Requests that are unfinished, or past their
+    /// deadline, need no runner and are taken in any case; but not by a worker whose application
+    /// may never load, as they would die with it.
     void take_from_queue() {
         const auto own = static_cast<std::ptrdiff_t>(ready_.size());
         size_t wanted = places();
@@ -3104,11 +3102,11 @@ private:
         ready_.splice(ready_.end(), ready_, ready_.begin(), std::next(ready_.begin(), own));
     }
 
-    /// Takes one connection from the queue; false if there is none, or no room for it. A worker
-    /// that leaves at once, alone, or to make way for a new one, leaves the queue to the others.
+    /// Takes one connection from the queue. False: there is none, or no room for it, or this worker
+    /// leaves the queue to those that stay.
     bool dequeue() {
         if (stop_ == Stop::Leave || stop_ == Stop::Now) { return false; }
-        // One more than the limit: a descriptor that finds no room is lost with its request.
+        // Up to one above the limit; room first, as recvmsg() drops what it has no descriptor for.
         if (connected_ > config_.worker_connections && !shed()) { return false; }
         int fds[2] = {-1, -1};
         const ssize_t n = exchange_message(queue_.second, false, buffer_, kMaxMessage, fds);
@@ -3118,12 +3116,12 @@ private:
         Connection* c = adopt(Fd(fds[0]));
         if (c == nullptr) { return false; }
         c->unpack(string_view(buffer_, static_cast<size_t>(n)));
-        const bool lost = c->stored > 0 && !file;  // no descriptor was free for it
+        const bool lost = c->stored > 0 && !file;  // there was no free descriptor for it
         if (c->stored > 0) { c->body.adopt_file(raise_fd(std::move(file)), c->stored); }
         if (c->state == State::Ready) { ready_.push_back(c); }
         if (c->state == State::ReadBody) { c->parser.at = c->framing; }
         if (c->state == State::ReadHead && !c->in.empty()) { parse(*c, ""); }
-        if (c->state <= State::Ready && !c->eof) { read_client(*c); }  // more, or a reset?
+        if (c->state <= State::Ready && !c->eof) { read_client(*c); }  // what came meanwhile
         if (lost && c->state <= State::Ready) {
             refuse(*c, {503, "no descriptor for the body"});
         } else if (now_ >= due(*c)) {
@@ -3136,15 +3134,15 @@ private:
     // --- the runner -------------------------------------------------------------------------
     //
     // A runner ends in one of these ways, and always in bury():
-    //   retired    a successor serves, or nothing is left to do: once idle its request pipes are
-    //              closed, and it leaves as any Python program does, in limited time (dismiss)
-    //   hung       hung_app: SIGABRT when no other slot is awaited, or has been as long; then
+    //   retired    a successor serves, or nothing is left to do: once it is idle its request pipes
+    //              are closed, and it exits as any Python program does, in limited time (dismiss)
+    //   hung       hung_app: SIGABRT as soon as no other slot is awaited, or --timeout later; then
     //              SIGKILL (end_runner)
-    //   useless    lose_slot: SIGKILL, after a broken protocol at once, else in a second
+    //   useless    lose_slot: SIGKILL, at once if it broke the protocol, else after a second
     //   dead       by itself: SIGCHLD brings it to bury() at once
     //
-    // A request ends step by step: end_turn() at the runner's end frame, or before; end_reply()
-    // when the client has all that it will get; end_response() sends the rest of that, or an error
+    // A request ends step by step: end_turn() at the runner's end frame; end_reply() when the
+    // response is complete, there or before; end_response() sends the rest of it, or an error
     // page; end_request() makes the slot go on.
 
     template <typename Action>
@@ -3154,7 +3152,7 @@ private:
         }
     }
 
-    /// How many requests a slot would take now: what it runs next, and what lies ahead.
+    /// How many requests a slot would take now: one to run, and some ahead of time.
     size_t places(const Slot& slot) const {
         if (slot.runner->phase != Phase::Serving) { return 0; }
         const bool quick =
@@ -3171,7 +3169,7 @@ private:
 
     bool wants_request() { return places() > ready_.size(); }
 
-    /// Where a request should go: to an idle slot, or else ahead of its time to a quick one.
+    /// Where the next request should go: to an idle slot, or else ahead of time to a quick one.
     Slot* find_slot() {
         Slot* found = nullptr;
         each_slot([&](Slot& slot) {
@@ -3186,7 +3184,7 @@ private:
         return slot != nullptr && !slot->busy();
     }
 
-    /// Hands out what waits here, as far as runners want it.
+    /// Hands the requests that wait here to the slots that want them.
     void dispatch() {
         Slot* slot = nullptr;
         while (!ready_.empty() && (slot = find_slot()) != nullptr) {
@@ -3194,8 +3192,8 @@ private:
         }
     }
 
-    /// Gives a slot a request, to run now, or next: then it lies in the pipe that comes next.
-    /// False: it has to wait for an idle slot.
+    /// Gives an idle slot a request to run, or puts one into the next free pipe of a busy slot.
+    /// False: that pipe did not take it as a whole, so it has to wait for an idle slot.
     bool hand_over(Slot& slot, Connection& c) {
         const string head = netstring(c.env);
         const string_view body = c.body.newest();
@@ -3218,7 +3216,7 @@ private:
         return true;
     }
 
-    /// The slot is busy from now on with the first of its turns.
+    /// The first turn of a slot becomes its present request.
     void begin_request(Slot& slot) {
         slot.answered = false;
         slot.since = last_begin_ = now_;
@@ -3229,18 +3227,18 @@ private:
         return slot.turns.size() < 2 || !slot.pipe() ? Time::max() : slot.since + kAhead;
     }
 
-    /// Takes out again what lies ahead and the runner has not read, to wait here, in front, as it
-    /// would have without that. (The end of the pipe is the runner's, too, which sees the flag, and
-    /// may have to look again.) Of what it has read a part, which POSIX allows above PIPE_BUF, the
-    /// rest goes in again. Where the runner is lost, none is kept: the present request, too, is the
-    /// next one's if unread.
+    /// Takes back requests that lie ahead and are unread, the last one first; they wait at the head
+    /// of ready_ again. The runner may read at the same time, but each byte goes to one of the two:
+    /// if we do not get a whole request, it is the runner's, and what we got goes back in. (The
+    /// runner's end of the pipe is the same open file, and non-blocking meanwhile: see Slot.more in
+    /// kRunner.) With `keep` 0, for a runner that is lost, takes back even the present request.
     void take_back(Slot& slot, size_t keep = 1) {
         while (slot.turns.size() > keep) {
             Connection* client = slot.turns.back().client;
             const size_t all = slot.turns.back().size;
             const bool begun =
                 client != nullptr && (client->response.status != 0 || !client->app_head.empty());
-            if (all == 0 || begun) { return; }  // it may answer without reading
+            if (all == 0 || begun) { return; }  // it may answer a request before reading it
             const Pair& pipe = slot.pipe_of(slot.turns.size() - 1);
             ::fcntl(pipe.first.get(), F_SETFL, O_NONBLOCK);
             const ssize_t n = ::read(pipe.first.get(), buffer_, kMaxMessage);
@@ -3257,7 +3255,8 @@ private:
 
     void feed_runner(Slot& slot) {
         while (slot.pipe() && (slot.out.size() > 0 || slot.gone)) {
-            // By itself: half of it would be taken for the start of the next frame.
+            // By a write of its own, which is atomic (PIPE_BUF): the runner, once done, throws away
+            // what it has read, and would take the rest of a torn "0:," for the next frame.
             if (slot.out.size() == 0) { slot.gone = false, slot.out.append("0:,", kPiece); }
             const ssize_t n = write_some(slot.pipe(), slot.out.front());
             if (n < 0 && !slot.full) {
@@ -3271,7 +3270,7 @@ private:
         if (slot.busy() && slot.answered && slot.pipe()) { end_request(slot); }
     }
 
-    /// Reads once what the runner says; false where there is nothing more to read.
+    /// Reads once from the runner; false if there is nothing to read, or the slot is lost.
     bool read_runner(Slot& slot) {
         using Event = NetstringReader::Event;
         const ssize_t n = ::read(slot.from.get(), replies_, sizeof replies_);
@@ -3297,7 +3296,7 @@ private:
         return true;
     }
 
-    /// A piece of the response. The application's head is checked before anything is sent.
+    /// Takes a piece of the response. The application's head is checked before anything is sent.
     void take_reply(Slot& slot, string_view piece) {
         Connection& c = *slot.current();
         if (c.response.status != 0) { return reply_body(slot, c, piece); }
@@ -3324,7 +3323,7 @@ private:
         if (!c.bodyless) { reply_body(slot, c, all.substr(end + 2)); }
     }
 
-    /// A piece of the body, as far as its Content-Length allows, chunked if need be.
+    /// Takes a piece of the body: cut to its Content-Length, or in a chunk, if need be.
     void reply_body(Slot& slot, Connection& c, string_view piece) {
         const int64_t most = c.bodyless ? 0 : c.left >= 0 ? c.left : INT64_MAX;
         const string_view fits =
@@ -3339,14 +3338,14 @@ private:
         if (!c.bodyless) {
             log_about(c, Level::Error, "The response is longer than its Content-Length");
         }
-        slot.gone = true;  // the client has all that it may have
+        slot.gone = true;  // the client may have no more
         end_reply(slot, true);
     }
 
-    /// What is large goes from the buffer to the client, as far as that takes it, behind what is
-    /// kept if that is all in memory. The rest, and what is small, is kept for the flush() at the
-    /// end of read_runner(): up to kReplyMemory a client and kWorkerMemory in all in memory, then
-    /// in a file, but not each little piece by itself.
+    /// Large pieces are written to the client at once, without a copy, behind what c.out still has
+    /// if that is all in memory. Small ones, and what the client does not take, go into c.out for
+    /// the flush() at the end of read_runner(): in memory up to kReplyMemory for a client and
+    /// kWorkerMemory for all; the rest in a file, written 4 KiB or more at a time.
     void send_or_keep(Connection& c, std::initializer_list<string_view> parts) {
         size_t all = static_cast<size_t>(c.out.size()), gone = 0;
         for (const string_view part : parts) { all += part.size(); }
@@ -3366,8 +3365,8 @@ private:
         }
     }
 
-    /// The application is loaded: this runner serves, and one that did until now finishes what it
-    /// has. To wait until that is idle would be to wait for ever, with many slots.
+    /// The application is loaded: from now on this runner serves, and the one before it only
+    /// finishes what it has; with many slots it might never have been idle by itself.
     void runner_ready(Runner& runner) {
         for (Runner& old : runners_) {
             if (old.phase != Phase::Serving || runner.dead) { continue; }
@@ -3380,24 +3379,24 @@ private:
         look_ = true;
     }
 
-    /// The runner has said all it has to say about this request, or that it is ready.
+    /// An end frame: the runner is done with the present request, or has loaded the application.
     void end_turn(Slot& slot, bool good) {
         if (slot.runner->phase == Phase::Booting) { return runner_ready(*slot.runner); }
         slot.answered = true;
-        if (slot.runner->left > 0) { failures_ = 0; }  // else these are its successors'
+        if (slot.runner->left > 0) { failures_ = 0; }  // else they are those of its successors
         const auto took = std::max<Clock::duration>(now_ - slot.since, 1us);
-        slot.mean += (took - slot.mean) / 8;  // one quick one among slow ones proves nothing
+        slot.mean += (took - slot.mean) / 8;  // one quick request among slow ones proves nothing
         const auto ahead = static_cast<size_t>(kAhead / std::max(took, slot.mean));
         slot.ahead_limit = std::min(slot.pipes.size() - 1, ahead);
         end_reply(slot, good);
     }
 
-    /// The response is whole, or has failed; the runner may be at close() still.
+    /// The response is complete, or has failed; the runner may still be busy with close().
     void end_reply(Slot& slot, bool good) {
         Connection* c = slot.current();
-        feed_runner(slot);  // what lies ahead is the runner's before this client has its response
+        feed_runner(slot);  // first, so that the slot goes on without waiting for this client
         if (c == nullptr) { return; }
-        if (slot.current() == c) { slot.turns.front().client = nullptr; }  // it is not free yet
+        if (slot.current() == c) { slot.turns.front().client = nullptr; }  // the slot is busy still
         const bool cut = good && c->left > 0;
         if (!good) { log_about(*c, Level::Error, "Error handling request"); }
         if (cut) { log_about(*c, Level::Error, "The response is shorter than its Content-Length"); }
@@ -3405,26 +3404,26 @@ private:
         end_response(*c, good && !cut, {500, "the application failed"});
     }
 
-    /// No more will come of this response; `error` is the answer if nothing has come.
+    /// No more of this response will come; if nothing has come yet, the answer is `error`.
     void end_response(Connection& c, bool good, const Error& error) {
-        c.broken = !good && c.response.status != 0;  // the page of an error is whole
+        c.broken = !good && c.response.status != 0;  // an error page is not cut
         c.complete = true;
         c.response.status == 0 ? refuse(c, error) : flush(c);
         settle(c);
     }
 
-    /// Nobody waits for the response any more: the runner is told so.
+    /// Nobody waits for the response any more: tells the runner.
     void abandon(Slot& slot) {
         slot.turns.front().client = nullptr;
         slot.gone = true;
         feed_runner(slot);
     }
 
-    /// The response has ended and the request has gone out entirely: the slot goes on with what
+    /// The end frame has come, and the request has gone out entirely: the slot goes on with what
     /// lies ahead, or is idle.
     void end_request(Slot& slot) {
         Runner& runner = *slot.runner;
-        slot.out = Spool();  // with its file: this slot may rest for long
+        slot.out = Spool();  // frees its memory and file: the slot may be idle for long
         slot.index = (slot.index + 1) % slot.pipes.size();
         slot.turns.erase(slot.turns.begin());
         if (slot.busy()) {
@@ -3437,8 +3436,8 @@ private:
         look_ = slot.ahead_limit == 0 || slot.index == 0 || !ready_.empty() || look_;
     }
 
-    /// A pipe is of no use any more: the runner has to go, if need be by SIGKILL. What runs in its
-    /// other slots may still end.
+    /// A slot's pipes are of no use any more: the runner has to leave, or gets SIGKILL in a second.
+    /// Until then what runs in its other slots may still end.
     void lose_slot(Slot& slot) {
         Runner& runner = *slot.runner;
         if (slot.busy() || runner.phase != Phase::Retired) { runner.phase = Phase::Dying; }
@@ -3453,8 +3452,8 @@ private:
         runner.kill_at = std::min(runner.kill_at, now_ + delay);
     }
 
-    /// To a hung runner SIGABRT, at which faulthandler prints the stacks; to others SIGKILL, with
-    /// all that they forked.
+    /// Sends a hung runner SIGABRT, at which faulthandler prints the stacks; others, with all that
+    /// they have forked, SIGKILL.
     void end_runner(Runner& runner) const {
         if (runner.dead) { return; }
         const bool hung = runner.phase == Phase::Hung;
@@ -3464,9 +3463,9 @@ private:
         ::kill(hung ? runner.pid : -runner.pid, runner.signal);
     }
 
-    /// Not a byte for `timeout` seconds. What runs in other slots has as long again to end, while a
-    /// successor serves; or kKillDelay, where another runner has yet to leave. (The log says so in
-    /// gunicorn's words for a dead worker; murder_workers() does, too.)
+    /// Not a byte for --timeout. What runs in other slots has as long again to end, while a
+    /// successor serves; but kKillDelay only, if there are two runners already. (The message is the
+    /// one that gunicorn has for a hung worker, as in murder_workers().)
     void hung_app(Slot& slot) {
         Runner& runner = *slot.runner;
         Connection* c = slot.current();
@@ -3474,7 +3473,7 @@ private:
         log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(runner.pid) + "): no answer for " +
                                  to_string(config_.timeout) +
                                  " s: " + escape(slot.turns.front().request));
-        restart_at_ = std::min(restart_at_, now_ + 1s);  // whatever befell those before
+        restart_at_ = std::min(restart_at_, now_ + 1s);  // even after many failures in a row
         if (runner.signal == 0 && std::exchange(runner.phase, Phase::Hung) != Phase::Hung) {
             kill_runner_after(runner,
                               runners_.size() > 1 ? Clock::duration(kKillDelay) : config_.timeout);
@@ -3484,7 +3483,7 @@ private:
         if (c != nullptr) { end_response(*c, false, {504, "the application did not answer"}); }
     }
 
-    /// A runner without work leaves as any Python program does, or is killed.
+    /// Makes a runner without work leave: its input ends, and it exits by itself, or is killed.
     void dismiss(Runner& runner) {
         const bool booting = runner.phase == Phase::Booting, now = stop_ == Stop::Now;
         kill_runner_after(runner, booting ? 0ms : now ? kKillDelay / 2 : config_.graceful_timeout);
@@ -3500,19 +3499,19 @@ private:
         }
     }
 
-    /// A runner has ended: its requests are answered and, unless it was to go, another will start.
+    /// A runner has ended: answers its requests and, unless it was to leave, has another started.
     void bury(std::list<Runner>::iterator found, int status) {
         Runner& runner = *found;
         runner.dead = true;
         for (Slot& slot : runner.slots) {
-            while (slot.from && read_runner(slot)) {}  // what it still said counts
+            while (slot.from && read_runner(slot)) {}  // what it has written before still counts
             take_back(slot, 0);
         }
         const bool retired = runner.phase == Phase::Retired && !runner.busy();
         std::list<Runner> gone;
         gone.splice(gone.begin(), runners_, found);
         if (WIFSIGNALED(status)) { ::kill(-runner.pid, SIGKILL); }
-        if (runner.busy() || runner.left <= 0) { failures_ = 0; }  // it has served until now
+        if (runner.busy() || runner.left <= 0) { failures_ = 0; }  // it did serve
         std::vector<Connection*> clients;
         string lines;
         for (const Slot& slot : runner.slots) {
@@ -3530,14 +3529,14 @@ private:
         if (has_work() && !retired) { runner_failed(status); }
     }
 
-    /// Sees to it that another starts: at once, or later the more have ended in a row and none of
-    /// them with a request, which is what a client can bring about. The first of all ends the
-    /// worker instead.
+    /// Has another runner started: at once, or the later the more have ended in a row without a
+    /// request (one that ends over a request does not count: a client could bring that about). A
+    /// worker that has never booted exits instead.
     void runner_failed(int status) {
         const auto serves = [](const Runner& each) { return each.phase == Phase::Serving; };
         const seconds delay = backoff(failures_ + (find(runners_, serves) ? 1 : 0));
         const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
-        const bool none_ran = code == kWorkerBootError || code >= 126;  // of sh: 126 …
+        const bool none_ran = code == kWorkerBootError || code >= 126;  // sh: it cannot exec
         if (!booted_) { status_ = none_ran ? kWorkerBootError : kAppLoadError; }
         if (++failures_ > 1) {
             log(Level::Warning, "The next runner starts in " + to_string(delay) + " s");
@@ -3546,8 +3545,8 @@ private:
         next_tick_ = now_;
     }
 
-    /// With --reload: tells the arbiter if a file is another than the second before. The runner
-    /// adds names to its list, and never takes one away.
+    /// With --reload: tells the arbiter if a file has changed in the last second. The runner only
+    /// ever appends to its list of names, so `watched` stays in step with it.
     void watch_files() {
         if (runners_.empty()) { return; }
         Runner& runner = runners_.back();  // the newest
@@ -3561,11 +3560,11 @@ private:
         runner.watched.resize(names.size());
         string changed;
         for (size_t i = 0; i < names.size(); ++i) {
-            if (::stat(names[i].c_str(), &info) < 0) { continue; }  // an editor replaces it
+            if (::stat(names[i].c_str(), &info) < 0) { continue; }  // an editor is replacing it
             const int64_t modified = nanoseconds(info.st_mtim);
             const int64_t before = std::exchange(runner.watched[i], modified);
             const bool future = info.st_mtim.tv_sec > std::time(nullptr);
-            const bool other = before == 0 ? modified > runner.started && !future  // new to us
+            const bool other = before == 0 ? modified > runner.started && !future  // a new name
                                            : modified != before;
             if (other) { changed = names[i]; }
         }
@@ -3590,50 +3589,49 @@ private:
 
     const Config& config_;
     std::list<Listener>& listeners_;
-    int closed_ = 0;     // once it stops: how many have been accepted from the last of these
-    const Pair& queue_;  // first is sent into, second received from
+    int closed_ = 0;     // for empty_backlog(): how many were accepted from the last of these
+    const Pair& queue_;  // first: to send; second: to receive
     const Fd& tmp_;      // the heartbeat file
     const pid_t arbiter_;
-    int wishes_ = 0;                                       // for new workers
+    int wishes_ = 0;                                       // how often a reload was asked for
     std::list<Runner> runners_;                            // one serves; others boot or leave
     std::unique_ptr<Connection> connections_[FD_SETSIZE];  // by descriptor
     std::list<Connection*> ready_;                         // complete, waiting here for a runner
     int connected_ = 0, status_ = 0, max_fd_ = 0;
-    int failures_ = 0;  // runners that ended in a row without a request
+    int failures_ = 0;  // how many runners in a row ended without a request
     Stop stop_ = Stop::No;
     bool booted_ = false, spinner_ = false;
     bool logs_access_ = true;  // the last line of the access log was written
-    bool look_ = false;        // into the ready queue, before what waits here is handed out
-    size_t head_memory_ = 0, reply_memory_ = 0;
-    fd_set reads_{}, writes_{};  // what select() watches for the connections
-    fd_set hot_{}, fresh_{};     // of reads_: about whom there was news lately; since the last tick
+    bool look_ = false;        // look into the ready queue before handing out what waits here
+    size_t head_memory_ = 0, reply_memory_ = 0;  // of all clients
+    fd_set reads_{}, writes_{};                  // the clients that select() watches
+    fd_set hot_{}, fresh_{};  // of reads_: with an event in this or the last tick; in this one
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, yield_again_ = now_, restart_at_ = now_, hot_until_ = now_;
-    Time last_begin_ = now_;          // when a request went out last
-    bool called_ = false;             // by a client, while we were busy
-    Time look_at_ = now_;             // if he still waits; or when to look again
-    Time stopped_{}, thawed_{};       // when we were told to stop; went on after a freeze
-    Time last_accept_{}, lost_at_{};  // when a client came in last; when one was taken by others
-    string shown_;                    // by ps, of what is done here
-    char replies_[kMaxMessage];       // from the runner; while they are read, buffer_ may be used
+    Time last_begin_ = now_;          // when a request last went to a runner
+    bool called_ = false;             // a client came while all slots were busy
+    Time look_at_ = now_;             // when to see if it still waits; else when to look for others
+    Time stopped_{}, thawed_{};       // when we were told to stop; when we went on after SIGSTOP
+    Time last_accept_{}, lost_at_{};  // when a client was last accepted; last lost to others
+    string shown_;                    // what ps shows
+    char replies_[kMaxMessage];       // from a runner; not buffer_, which is used meanwhile
     char buffer_[kMaxMessage];        // from a client or the ready queue
 };
 
 // ============================================================================
 //  11. Arbiter: the master process
 //
-//  It never reads a request. Its loop sleeps on the self-pipe, looks at the heartbeat files,
-//  handles one signal at a time, and makes the workers what they should be; it never waits for a
-//  worker.
+//  It never reads a request and never waits for a worker. Its loop sleeps on the self-pipe, looks
+//  at the heartbeat files, handles one signal at a time, and starts and ends workers as needed.
 // ============================================================================
 struct WorkerInfo {
     pid_t pid;
-    int generation;              // of the reload it belongs to; -1 once it was told to stop
+    int generation;              // goes up with each reload; -1 once it has been told to stop
     Fd tmp;                      // its heartbeat file
-    Time spawned, last_change;   // when, on our clock, we saw the heartbeat change
-    int64_t last_update = 0;     // its ctime
-    mode_t wishes = 0;           // of its mode
-    Time stop_by = Time::max();  // SIGKILL, once it has been told to stop or aborted
+    Time spawned, last_change;   // last_change: when, on our clock, we saw last_update change
+    int64_t last_update = 0;     // the ctime of that file
+    mode_t wishes = 0;           // the bits of its mode that count wishes for a reload
+    Time stop_by = Time::max();  // when to send SIGKILL, if it has been told to stop or aborted
     bool booted = false, aborted = false;
 };
 
@@ -3654,7 +3652,7 @@ public:
                     return !w.booted || w.stop_by < Time::max();
                 });
             (void)is_ready(g_self_pipe.first, woken_ + (soon ? kTick : 1000ms));
-            // While we are stopped our clock is, too: silence of the workers then proves nothing.
+            // now_ leaves out any time in which we were stopped: the workers may have been, too.
             const Time before = std::exchange(woken_, Clock::now());
             if (woken_ < before + 1500ms) { now_ += woken_ - before; }
             read_heartbeats();
@@ -3664,7 +3662,7 @@ public:
             if (now_ >= reload_at_) { handle_hup(); }
             maybe_promote_master();
         }
-        const bool heir = reexec_pid_ > 0;  // which puts its own in the place of this one
+        const bool heir = reexec_pid_ > 0;  // a new master, which goes on with socket and pid file
         if (!heir && !has_old_master()) { unlink_sockets(listeners_); }
         const char* pidfile = config_.pidfile.c_str();
         if (!heir && read_pidfile(pidfile) == ::getpid()) { ::unlink(pidfile); }
@@ -3682,12 +3680,12 @@ private:
         queue_ = {Fd(fds[0]), Fd(fds[1])};
         for (const int fd : fds) {
             set_flags(fd, true);
-            const int bytes = 3 * kPiece;  // 4 KiB are the default on some systems
+            const int bytes = 3 * kPiece;  // some systems have 4 KiB by default
             ::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
             ::setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof bytes);
         }
         if (Error error = make_pipe(g_self_pipe, true)) { return error; }
-        for (const auto& [number, name] : kSignals) {  // with --check-config each of them ends it
+        for (const auto& [number, name] : kSignals) {  // with --check-config each just ends us
             if (!config_.check_config) { set_signals({number}, on_signal); }
         }
         set_signals({SIGCHLD}, on_signal);
@@ -3716,7 +3714,7 @@ private:
         if (number == SIGTTOU) { config_.workers = std::max(1, config_.workers - 1); }
     }
 
-    /// The log files are new ones; only then do the workers open them, perhaps as another user.
+    /// Makes the new log files before the workers open them: as --user they may not be able to.
     void handle_usr1() {
         if (Error error = open_logs(config_)) { log(Level::Error, error.text); }
         for (const WorkerInfo& worker : workers_) { ::kill(worker.pid, SIGUSR1); }
@@ -3726,8 +3724,8 @@ private:
         return config_.old_master > 0 && ::getppid() == config_.old_master;
     }
 
-    /// Upgrade: starts the program, as it is on disk now, as another master with our sockets.
-    /// TERM to either leaves the other serving.
+    /// Upgrade: starts the program that is on disk now as another master, with our sockets. TERM to
+    /// either leaves the other serving.
     void handle_usr2() {
         if (reexec_pid_ > 0 || has_old_master()) {
             return log(Level::Warning, "No upgrade: one goes on already");
@@ -3740,7 +3738,7 @@ private:
         reexec_pid_ = pid;
     }
 
-    /// In the forked child: sockets stay where they are, all else is as it was at the start.
+    /// In the forked child: execs the new master. The sockets keep their numbers.
     [[noreturn]] void reexec(pid_t master) {
         string sockets;
         for (const Listener& each : listeners_) {
@@ -3748,22 +3746,22 @@ private:
             sockets += to_string(each.fd.get()) + ":" + to_string(each.bound_at) + ":";
         }
         ::setenv("SERVER_SOCKETS", sockets.c_str(), 1);
-        ::setenv("SERVER_UPGRADE", to_string(master).c_str(), 1);  // who may have gone already
+        ::setenv("SERVER_UPGRADE", to_string(master).c_str(), 1);  // we may have died by then
         (void)!::chdir(config_.directory.c_str());
         exec_program(config_, config_.argv);
     }
 
-    /// The old master has gone: this is the master now.
+    /// Once the old master has gone, takes its place and the name of its pid file.
     void maybe_promote_master() {
         if (config_.old_master == 0 || has_old_master()) { return; }
         config_.old_master = 0;
         log(Level::Info, "Master has been promoted.");
-        const string beside = config_.pidfile;  // or empty: then rename() does nothing
+        const string beside = config_.pidfile;  // NAME.2, or empty: then rename() fails
         config_.pidfile = beside.substr(0, beside.rfind('.'));
         (void)::rename(beside.c_str(), config_.pidfile.c_str());
     }
 
-    /// SIGUSR2: workers finish what they have. SIGQUIT, also later: they leave at once.
+    /// Stops the server. SIGUSR2: workers finish what they have. SIGQUIT, even later: at once.
     void halt(int number) {
         if (!std::exchange(stopping_, true) && !has_old_master()) {
             const string heir = "MAINPID=" + to_string(reexec_pid_);
@@ -3780,9 +3778,9 @@ private:
         ::kill(worker.pid, number);
     }
 
-    /// Reload: one worker of a new generation, the canary. When it is ready the rest follow, and
-    /// then the old ones go (read_heartbeats, manage_workers); if it fails they stay (worker_lost).
-    /// The logs are opened again, too, and the directory is what its name stands for now.
+    /// Reload: starts one worker of a new generation, the canary. When it is ready the rest follow,
+    /// and then the old ones go (read_heartbeats, manage_workers); if it fails, they stay
+    /// (worker_lost). Also reopens the logs, and the directory, which may be a symbolic link.
     void handle_hup() {
         reload_at_ = Time::max();
         if (stopping_) { return; }
@@ -3801,9 +3799,9 @@ private:
         spawn_worker(generation_ + 1);
     }
 
-    /// Looks at the heartbeat files: who lives, is ready, wants a reload. A canary that is ready
-    /// makes its generation the serving one. A ctime is only ever compared with itself: setting the
-    /// wall clock must not kill anyone.
+    /// Reads from the heartbeat files which workers live, are ready, or want a reload. A canary
+    /// that is ready makes its generation the serving one. A ctime is compared with nothing but the
+    /// one before, so that setting the wall clock kills no worker.
     void read_heartbeats() {
         for (WorkerInfo& worker : workers_) {
             struct stat info = {};
@@ -3821,14 +3819,14 @@ private:
             if (worker.generation <= generation_) { continue; }
             generation_ = worker.generation, spawn_again_ = now_, failures_ = 0;
             if (next_directory_) { directory_ = std::move(next_directory_); }
-            for (const WorkerInfo& each : workers_) {  // the queue is for others now
+            for (const WorkerInfo& each : workers_) {  // leave the ready queue to the new ones
                 if (each.generation < 0) { ::kill(each.pid, SIGWINCH); }
             }
         }
     }
 
-    /// Ends workers that have not beaten for `timeout`, by SIGABRT and then SIGKILL, and those that
-    /// were told to stop and have not in time.
+    /// Ends workers whose heartbeat has stopped for --timeout, by SIGABRT and then SIGKILL, and by
+    /// SIGKILL those that have not stopped in time after they were told to.
     void murder_workers() {
         for (WorkerInfo& worker : workers_) {
             if (now_ >= worker.stop_by) { ::kill(worker.pid, SIGKILL); }
@@ -3859,8 +3857,8 @@ private:
         }
     }
 
-    /// Halts if no worker could ever boot; a lost canary ends the reload; else sees to it that a
-    /// crash loop does not spin. Of workers that ran when one failed, only that one counts.
+    /// Halts if no worker has ever booted; a lost canary ends the reload; else backs off, lest a
+    /// crash loop spin. Workers spawned before the last failure count as part of it.
     void worker_lost(const WorkerInfo& worker, int code) {
         const bool boot_error = code == kWorkerBootError || code == kAppLoadError;
         if (!ever_booted_ && (boot_error || config_.check_config)) {
@@ -3881,8 +3879,8 @@ private:
         spawn_again_ = now_ + delay;
     }
 
-    /// Makes the workers of the serving generation as many as wanted, and ends older ones once
-    /// all of these are ready. Of too many, those go first that are not ready, then the oldest.
+    /// Spawns or stops workers of the serving generation until they are as many as wanted; stops
+    /// older ones once these are ready. Surplus ones go in this order: not ready yet, then oldest.
     void manage_workers() {
         const int wanted = paused_ ? 0 : config_.workers;
         int alive = 0, ready = 0;
@@ -3899,14 +3897,14 @@ private:
             const bool surplus = worker.generation == generation_ && alive > wanted &&
                                  (!worker.booted || ready > wanted);
             if (worker.generation < 0 || !(old || surplus)) { continue; }
-            stop_worker(worker, paused_ ? SIGUSR2 : SIGTERM);  // nobody else would empty the queue
+            stop_worker(worker, paused_ ? SIGUSR2 : SIGTERM);  // USR2: nobody else serves the queue
             alive -= surplus ? 1 : 0;
             ready -= surplus && worker.booted ? 1 : 0;
         }
     }
 
-    /// Forks one worker; one that cannot be forked is lost at once. The child leaves by _exit:
-    /// nothing of the arbiter's runs.
+    /// Forks one worker; a failure counts as a lost worker. The child leaves by _exit(), so that no
+    /// destructor or exit handler of the arbiter runs in it.
     void spawn_worker(int generation) {
         Fd tmp;
         Error error = make_temp_file(config_.worker_tmp_dir, tmp);
@@ -3915,7 +3913,7 @@ private:
         const pid_t arbiter = ::getpid(), pid = error ? -1 : ::fork();
         if (pid == 0) {
             workers_.clear();
-            (void)!::fchdir(directory_.get());  // there is one after a reload
+            (void)!::fchdir(directory_.get());  // fails, rightly, before the first reload
             if (generation > generation_) { (void)!::fchdir(next_directory_.get()); }
             Worker* worker = new Worker(config_, listeners_, queue_, tmp, arbiter);
             ::_exit(worker->run());
@@ -3937,31 +3935,31 @@ private:
     std::list<Listener>& listeners_;
     Pair queue_;
     std::vector<WorkerInfo> workers_;  // the oldest first
-    pid_t reexec_pid_ = 0;             // another master, our child
-    int generation_ = 0;               // the one that serves
-    Fd directory_, next_directory_;    // its own, and the next one's, once there was a reload
+    pid_t reexec_pid_ = 0;             // the new master of an upgrade, our child
+    int generation_ = 0;               // the serving one
+    Fd directory_, next_directory_;    // opened by reloads: of generation_, and of the canary
     int failures_ = 0, status_ = 0;
     bool stopping_ = false, ever_booted_ = false;
     bool paused_ = false;                                               // by WINCH: no workers
-    Time woken_ = Clock::now();                                         // from the last sleep
-    Time now_ = woken_, spawn_again_ = now_, reload_at_ = Time::max();  // by the clock of run()
+    Time woken_ = Clock::now();                                         // when run() last woke up
+    Time now_ = woken_, spawn_again_ = now_, reload_at_ = Time::max();  // without stops: see run()
 };
 
 // ============================================================================
 //  12. main: puts the settings into force, binds or inherits the sockets
 //
-//  What can be wrong is found here, while somebody is there to read it.
+//  Mistakes in the settings are reported here, while somebody is at the terminal to read of them.
 // ============================================================================
 
-/// How many descriptors there are for the pipes of a slot, and for connections: `most`.
+/// Shares the descriptors out: to request pipes, and to `most` connections of a worker.
 Error share_descriptors(Config& config, int& most) {
     config.soft_limit = set_soft_limit(4 * FD_SETSIZE);
-    const rlim_t limit = set_soft_limit(4 * FD_SETSIZE);  // again: returns what it is now
+    const rlim_t limit = set_soft_limit(4 * FD_SETSIZE);  // again, to learn what it is now
     const bool ample = limit >= 4 * FD_SETSIZE && config.threads == 1;
     config.pipes = !config.runner.empty() ? 1 : ample ? config.pipes : 2;
-    // What select() sees beside clients: two descriptors a slot, of two runners at a time, and what
-    // was open before this one. Out of its range, if there is room: other ends of pipes, those of a
-    // runner that is starting, and a file for each client.
+    // `others` are below FD_SETSIZE, as clients are: two for each slot of two runners, and what was
+    // open before. `far` are above it, if there is room: the other ends of pipes, and those of a
+    // runner that is being started. A client may have a file, too: hence two for each.
     int others = 10 + 4 * config.threads + static_cast<int>(config.bind.size());
     for (int fd = 0; fd < FD_SETSIZE; ++fd) { others += ::fcntl(fd, F_GETFD) >= 0 ? 1 : 0; }
     const int far = 5 + (5 * config.pipes + 1) * config.threads;
@@ -3986,7 +3984,7 @@ Error apply(Config& config) {
     config.chdir = absolute(config.directory, config.chdir);
     if (config.proc_name.empty()) { config.proc_name = config.app; }
     int64_t count = 0, old_master = 0;
-    if (parse_number(environment("SERVER_UPGRADE"), old_master)) {  // it may have gone already
+    if (parse_number(environment("SERVER_UPGRADE"), old_master)) {  // it may have died already
         config.old_master = static_cast<pid_t>(old_master);
         config.sockets = environment("SERVER_SOCKETS");
         config.detached = config.daemon;
@@ -4010,13 +4008,13 @@ Error apply(Config& config) {
     }
     if (Error error = make_temp_file(config.worker_tmp_dir, probe)) { return error; }
     if (Error error = resolve_user(config)) { return error; }
-    {  // he keeps large bodies there
+    {  // workers keep large bodies there
         const AsUser user(config, config.uid != ::geteuid());
         if (Error error = make_temp_file(spool_dir, probe)) { return error; }
     }
     if (Error error = check_pidfile(config)) { return error; }
     if (config.errorlog.empty()) { config.errorlog = "-"; }
-    for (string* path : {&config.errorlog, &config.accesslog}) {  // for whoever opens them again
+    for (string* path : {&config.errorlog, &config.accesslog}) {  // to reopen them from anywhere
         if (!path->empty() && *path != "-") { *path = absolute(config.chdir, *path); }
     }
     if (Error error = open_logs(config)) { return error; }
@@ -4027,7 +4025,7 @@ Error apply(Config& config) {
                 to_string(most) + ", which is what fits");
         config.worker_connections = most;
     }
-    if (config.check_config) {  // until one worker has loaded the application, and seen by nobody
+    if (config.check_config) {  // load the application in one worker, and leave no trace
         config.workers = 1;
         config.daemon = config.reload = false;
         config.pidfile.clear(), ::unsetenv("NOTIFY_SOCKET");
@@ -4054,7 +4052,7 @@ Error bind_all(const Config& config, std::list<Listener>& listeners) {
         Error error;
         for (int tries = 0; (error = bind_address(address, config, made)); ++tries) {
             if (errno != EADDRINUSE || tries == 2) { return error; }
-            ::sleep(1);  // the workers of a master that was killed go within a second
+            ::sleep(1);  // a master may have been killed; its workers leave within a second
         }
     }
     return {};
@@ -4063,9 +4061,9 @@ Error bind_all(const Config& config, std::list<Listener>& listeners) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    int null = 0;  // a socket must not become a standard descriptor
+    int null = 0;  // open 0, 1 and 2 if they are closed, lest a socket get such a number
     while (null >= 0 && null <= STDERR_FILENO) { null = ::open("/dev/null", O_RDWR); }
-    ::close(null);  // or there is no /dev/null
+    ::close(null);  // -1, which does no harm, if there is no /dev/null
     set_signals({SIGPIPE, SIGXFSZ}, SIG_IGN);
     Config config;
     config.directory = current_directory();
