@@ -1795,19 +1795,19 @@ Response error_response(int status, string& body) {
 // ============================================================================
 constexpr char kRunner[] = R"py(
 import _thread, faulthandler, fcntl, importlib, io, os, select, sys
-from _signal import *  # of signal itself the enums would take time
+from _signal import *  # not signal, whose enums take time to make
 
-class Gone(SystemExit): "The worker has gone, or wants no more."
+class Gone(SystemExit): "The worker has closed the pipe: it has gone, or has no more requests."
 
 def forgiving(method):
-    def attempt(*text):  # a full disk is not the application's to answer for
+    def attempt(*text):  # a full disk must not make the application's print() fail
         try: return method(*text)
         except OSError: return len(text[-1]) if text else None
     return attempt
 
 class Body(io.RawIOBase):
-    """What of a request's body has not come with its head; inert once the request is over."""
-    readable = lambda self: True  # what io.BufferedReader asks
+    """A request's body if not all of it came with the head; inert once the request is over."""
+    readable = lambda self: True  # io.BufferedReader asks for this
 
     def __init__(self, response):
         self.response, self.size = response, response.slot.left
@@ -1820,7 +1820,7 @@ class Body(io.RawIOBase):
         return len(data)
 
 class Input(io.BufferedReader):
-    def read(self, size=-1):  # room is made for all that it is asked for
+    def read(self, size=-1):  # the inherited one would allocate `size` bytes, however many
         return super().read(size if size is not None and 0 <= size <= self.raw.size else -1)
 
 class Response:
@@ -1844,7 +1844,7 @@ class Response:
         return self.write
 
     def frame(self, items):
-        """A netstring, in parts, around pieces of the body, the head before the first."""
+        """A netstring, in parts, of pieces of the body; the first has the head before them."""
         for item in items:
             if not isinstance(item, bytes):
                 raise TypeError("the response is made of bytes, not %r" % type(item))
@@ -1857,18 +1857,18 @@ class Response:
     def write(self, data):
         with self.lock:
             if self.slot and self.slot.client_gone(): raise BrokenPipeError("the client has gone")
-            if self.slot and data != b"":  # the head waits for the first non-empty piece
+            if self.slot and data != b"":  # PEP 3333: no head before the first non-empty piece
                 self.slot.write(self.frame([data]))
 
 class Slot:
     """The pipes of a slot, and the loop that answers what comes through them."""
-    failures = Exception  # of the application; what else it raises ends the process
-    files = None          # with --reload: where to list the files of modules, and which are there
-    most_parts = 1000 if hasattr(os, "writev") else 0  # for writev(), which PyPy lacks
+    failures = Exception  # what becomes a 500; anything else that is raised ends the process
+    files = None          # with --reload: where to list the files of modules, and those listed
+    most_parts = 1000 if hasattr(os, "writev") else 0  # below IOV_MAX; PyPy has no writev()
 
     def __init__(self, pipes, app):
         (*self.requests, self.replies), self.app = pipes, app
-        self.index, self.pending = 0, b""  # the pipe of the present request; read and not used
+        self.index, self.pending = 0, b""  # the pipe of the present request; read, but not used
         self.left = 0  # bytes of the body that the application has not read
 
     def write(self, parts):
@@ -1877,11 +1877,11 @@ class Slot:
             size = sum(map(len, parts))
             data = memoryview(b"".join(parts)) if sent < size else b""
             while sent < size: sent += os.write(self.replies, data[sent:])
-        except BaseException:  # a signal handler's: nothing can follow half a frame
+        except BaseException:  # of a signal handler: after half a frame the pipe is of no use
             report()
             os._exit(1)
 
-    def more(self):  # or nothing, where the worker looks whether it can take a request back
+    def more(self):  # or nothing: for a moment take_back() in the worker sets O_NONBLOCK
         try: data = os.read(self.requests[self.index], 65536)
         except BlockingIOError: return select.select([self.requests[self.index]], [], [])
         if not data: raise Gone
@@ -1913,7 +1913,7 @@ class Slot:
 
     def serve_one(self, base):
         block = self.netstring()
-        if b"\0" not in block: return block and reopen(block)  # empty: of a client that has gone
+        if b"\0" not in block: return block and reopen(block)  # empty: a client left, too late
         words = iter(block.decode("latin-1").split("\0"))
         environ = base.copy()
         environ.update(zip(words, words))
@@ -1931,7 +1931,7 @@ class Slot:
         items, parts, mark = None, [], b"0:,"
         try:
             items = self.app(environ, response.start_response)
-            rest = items if type(items) in (list, tuple) else []  # all is there: one write
+            rest = items if type(items) in (list, tuple) else []  # it is all there: one write
             for item in items if items is not rest else []:
                 with response.lock:
                     if self.client_gone(): break
@@ -1951,10 +1951,10 @@ class Slot:
         with response.lock:
             response.slot = None
             while self.left: self.take(65536)
-        self.write(parts + [mark])  # then the worker fills the pipes again
+        self.write(parts + [mark])  # last: from now on the worker may write to this pipe again
 
 class file_wrapper:
-    def __init__(self, filelike, blksize=8192):  # smaller blocks cost time; a pipe's must not wait
+    def __init__(self, filelike, blksize=8192):  # large blocks save time, but a pipe would wait
         self.blksize = max(blksize, 65536 * getattr(filelike, "seekable", bool)())
         self.filelike, self.close = filelike, getattr(filelike, "close", lambda: None)
 
@@ -1962,8 +1962,8 @@ class file_wrapper:
         return iter(lambda: self.filelike.read(self.blksize) or b"", b"")
 
 def list_files(list_fd, told, names=()):
-    """With --reload: the files that modules come from, and others, each once."""
-    modules = list(sys.modules.values())  # of which no code runs for their names
+    """With --reload: lists the files of all modules, and `names`, each once."""
+    modules = list(sys.modules.values())  # __dict__ below: a module's __getattr__ must not run
     names = [*names, *(getattr(module, "__dict__", {}).get("__file__") for module in modules)]
     try:
         for name in names:
@@ -1975,7 +1975,7 @@ def list_files(list_fd, told, names=()):
 def report():
     text = repr(sys.exc_info()[1]) + "\n"
     try:
-        import traceback  # which takes its time, is hardly ever wanted, and needs a descriptor
+        import traceback  # late, as it takes time; may fail, as it needs a descriptor
         text = traceback.format_exc()
     except Exception: pass
     forgiving(os.write)(2, text.encode("utf-8", "backslashreplace"))
@@ -1988,18 +1988,18 @@ def reopen(path):
     except OSError: report()
 
 def main(name, paths, software, several, files, count, *fds):
-    faulthandler.enable()  # SIGABRT, and crashes, print the stack of every thread
-    for file in sys.stdout, sys.stderr:  # -u would write parts of lines, among those of others
+    faulthandler.enable()  # SIGABRT and crashes print the stacks of all threads
+    for file in sys.stdout, sys.stderr:  # -u would tear lines apart and mix them with others'
         file.reconfigure(line_buffering=True, write_through=False)
         file.write, file.flush = forgiving(file.write), forgiving(file.flush)
     most = os.sysconf("SC_OPEN_MAX")
-    high = min(1020 - len(fds), most // 2, most - 2 * len(fds))  # where select() sees them
+    high = min(1020 - len(fds), most // 2, most - 2 * len(fds))  # below FD_SETSIZE: for select()
     def raise_fd(fd):
         moved = fcntl.fcntl(int(fd), fcntl.F_DUPFD, high)
-        os.set_inheritable(moved, False)  # F_DUPFD_CLOEXEC is not in PyPy
+        os.set_inheritable(moved, False)  # PyPy has no F_DUPFD_CLOEXEC
         os.close(int(fd))
         return moved
-    def cut_off():  # the bridge is not for a child, and neither is `stay`
+    def cut_off():  # a child of the application must not use the bridge
         Slot.failures = Exception
         with open(os.devnull, "r+b", 0) as null:
             for fd in pipes: os.dup2(null.fileno(), fd, False)
@@ -2007,7 +2007,7 @@ def main(name, paths, software, several, files, count, *fds):
     stay, masks, names, threads = lambda *_: None, {}, [], []
     def block(): masks[_thread.get_ident()] = pthread_sigmask(SIG_BLOCK, [SIGTERM])
     def unblock(): pthread_sigmask(SIG_SETMASK, masks.pop(_thread.get_ident()))
-    signal(SIGTERM, stay), siginterrupt(SIGTERM, False)  # to all of a service: the server ends us
+    signal(SIGTERM, stay), siginterrupt(SIGTERM, False)  # perhaps sent to all: the worker ends us
     os.register_at_fork(before=block, after_in_parent=unblock)
     for hook in lambda: getsignal(SIGTERM) is stay and signal(SIGTERM, SIG_DFL), unblock, cut_off:
         os.register_at_fork(after_in_child=hook)
@@ -2021,7 +2021,7 @@ def main(name, paths, software, several, files, count, *fds):
     except Exception as error:
         report()
         if not files: sys.exit(4)
-        import traceback  # the worker reloads when one of the files is another
+        import traceback  # the worker wants a reload when one of these files changes
         names = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
         names, app = [*names, getattr(error, "filename", "")], None
     if files:
@@ -2033,14 +2033,14 @@ def main(name, paths, software, several, files, count, *fds):
             "wsgi.file_wrapper": file_wrapper, "SERVER_SOFTWARE": software, "wsgi.version": (1, 0),
             "wsgi.multiprocess": bool(several), "wsgi.input_terminated": True}
     for slot in slots[1:]:
-        import threading  # which takes its time, too
-        Slot.failures = BaseException  # sys.exit() would end the thread, or those beside it
+        import threading  # late, as it takes time, too
+        Slot.failures = BaseException  # else sys.exit() would end this thread, or all of them
         threads.append(threading.Thread(target=slot.serve, args=(base,), daemon=True))
         threads[-1].start()
     if app is not None: slots[0].write([b"0:,"])
     slots[0].serve(base)
     for thread in threads: thread.join()
-    if callable(getsignal(SIGTERM)): os.kill(os.getpid(), SIGTERM)  # what the application does then
+    if callable(getsignal(SIGTERM)): os.kill(os.getpid(), SIGTERM)  # for the application's handler
 
 main(*map(os.fsdecode, settings))
 )py";
