@@ -416,8 +416,7 @@ void wait_ready(int max_fd, fd_set& reads, fd_set& writes, Time until) {
     const int64_t left = std::chrono::ceil<microseconds>(until - Clock::now()).count();
     const int64_t us = std::clamp<int64_t>(left, 0, 3600'000'000);
     struct timeval timeout = {time_t(us / 1000000), suseconds_t(us % 1000000)};
-    const int ready = ::select(max_fd + 1, &reads, &writes, nullptr, &timeout);
-    if (ready < 0) { reads = writes = fd_set{}; }
+    if (::select(max_fd + 1, &reads, &writes, nullptr, &timeout) < 0) { reads = writes = {}; }
 }
 
 /// Whether there is something to read, or a client to accept; waits for it until `until`, if given.
@@ -2454,9 +2453,8 @@ private:
             if (number == SIGUSR1) { reopen_logs(); }
             if (number == SIGTERM) { stop(Stop::Leave); }
             if (number == SIGUSR2) { stop(Stop::Drain); }
-            if (number == SIGWINCH && config_.daemon && stop_ == Stop::Drain) {
-                stop_ = Stop::Leave, listeners_.clear();
-            }
+            const bool relieved = number == SIGWINCH && config_.daemon && stop_ == Stop::Drain;
+            if (relieved) { stop_ = Stop::Leave, listeners_.clear(); }
             if (number == SIGINT || number == SIGQUIT) { stop(Stop::Now); }
         }
     }
@@ -3187,9 +3185,7 @@ private:
     /// Hands the requests that wait here to the slots that want them.
     void dispatch() {
         Slot* slot = nullptr;
-        while (!ready_.empty() && (slot = find_slot()) != nullptr) {
-            if (!hand_over(*slot, *ready_.front())) { return; }
-        }
+        while (!ready_.empty() && (slot = find_slot()) && hand_over(*slot, *ready_.front())) {}
     }
 
     /// Gives an idle slot a request to run, or puts one into the next free pipe of a busy slot.
@@ -3647,10 +3643,8 @@ public:
         }
         while (!stopping_ || !workers_.empty()) {
             manage_workers();
-            const bool soon =
-                config_.reload || now_ < spawn_again_ || find(workers_, [](const WorkerInfo& w) {
-                    return !w.booted || w.stop_by < Time::max();
-                });
+            const auto due = [](const auto& w) { return !w.booted || w.stop_by < Time::max(); };
+            const bool soon = config_.reload || now_ < spawn_again_ || find(workers_, due);
             (void)is_ready(g_self_pipe.first, woken_ + (soon ? kTick : 1000ms));
             // now_ leaves out any time in which we were stopped: the workers may have been, too.
             const Time before = std::exchange(woken_, Clock::now());
@@ -3764,8 +3758,7 @@ private:
     /// Stops the server. SIGUSR2: workers finish what they have. SIGQUIT, even later: at once.
     void halt(int number) {
         if (!std::exchange(stopping_, true) && !has_old_master()) {
-            const string heir = "MAINPID=" + to_string(reexec_pid_);
-            notify_systemd(reexec_pid_ > 0 ? heir : "STOPPING=1");
+            notify_systemd(reexec_pid_ > 0 ? "MAINPID=" + to_string(reexec_pid_) : "STOPPING=1");
         }
         for (Listener& each : listeners_) { each.fd.reset(); }
         for (WorkerInfo& worker : workers_) { stop_worker(worker, number); }

@@ -5398,7 +5398,7 @@ TEST_CASE("workers that fail to boot back off, say so once a step, and the other
     CHECK(server.log_has("was ended by signal 9"));
     CHECK(server.log_has("starts in 1 s"));
     CHECK(get(server, "/hello").status == 200);
-    CHECK(server.log_has("starts in 2 s"));
+    CHECK(server.log_has("starts in 2 s", 20s));
     write_file(server.dir.path + "/app.py", kTools);
     CHECK(get(server, "/hello").status == 200);
     CHECK(server.wait_ready_workers(2));
@@ -5412,7 +5412,7 @@ TEST_CASE("workers that fail together count as one step of the back-off") {
     REQUIRE(server.wait_ready_workers(4));
     write_file(server.dir.path + "/app.py", "an application that does not parse\n");
     for (const pid_t pid : server.workers()) { ::kill(pid, SIGKILL); }
-    CHECK(server.log_has("starts in 2 s"));
+    CHECK(server.log_has("starts in 2 s", 20s));
     CHECK(count(server.log(), "starts in 1 s") == 1);
     CHECK_FALSE(contains(server.log(), "starts in 4 s"));
     write_file(server.dir.path + "/app.py", kTools);
@@ -7780,7 +7780,8 @@ TEST_CASE("hundreds of slow clients are held, answered in the end, and felt by n
     Client::receive_buffer = 4096;
     vector<Client> readers = hold(server, 200, get_bytes("/big"));
     Client::receive_buffer = 0;
-    CHECK(wait_for([&] { return answered(server, 1) == 1; }));  // the application has made them all
+    // Until the application has made them all.
+    CHECK(wait_for([&] { return answered(server, 1) == 1; }, 20s));
     CHECK(answered(server, 50) == 50);
     for (Client& each : readers) {
         const Reply reply(each.read_all());
@@ -7820,7 +7821,8 @@ def drops(environ, start_response):
     }
     const vector<Client> others = hold(server, 100, get_bytes("/big"));
     Client::receive_buffer = 0;
-    CHECK(wait_for([&] { return answered(server, 1) == 1; }));  // the application has made them all
+    // Until the application has made them all.
+    CHECK(wait_for([&] { return answered(server, 1) == 1; }, 20s));
     const long pieces = 200 * 64, slack = 12 * 1024;
     if (!is_sanitized()) { CHECK(resident(server) - before < 16 * 1024 + pieces + slack); }
     const auto writes = [&] { return calls_of(server.workers().at(0), "syscw"); };
@@ -9700,11 +9702,11 @@ TEST_CASE("who has sent the rest of a head in time is not told that it took too 
         Client client(server);
         client.send("GET /hello HTTP/1.1\r\n");
         const Time start = Clock::now();  // others are busy, so that it is looked at less often
-        load(server, 4, "/hello", [&] { return Clock::now() < start + 600ms; });
+        load(server, 4, "/hello", [&] { return Clock::now() < start + 100ms; });
         vector<Client> busy = hold(server, 4, get_bytes("/hello"));
         freeze(worker);
         client.send("\r\n");
-        ::poll(nullptr, 0, 700);
+        ::poll(nullptr, 0, 1100);
         ::kill(worker, SIGCONT);
         CHECK(Reply(client.read_all()).status == 200);
     }
