@@ -1000,6 +1000,18 @@ sockaddr_storage socket_name(int fd) {
     return address;
 }
 
+/// Accepted sockets inherit these; a unix socket refuses both. Bounds the unsent bytes in the
+/// kernel: else a slow reader's socket may not be writable again before megabytes are read, and it
+/// would be taken for dead. No Nagle: else a streamed piece waits for the client's (delayed) ACK.
+void set_tcp_options(int fd) {
+    const int on = 1;
+    ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+#ifdef TCP_NOTSENT_LOWAT
+    const int bytes = 2 * kPiece;
+    ::setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &bytes, sizeof bytes);
+#endif
+}
+
 /// Takes over a socket, which must listen and not be ours yet; describes it for log and environ.
 Error describe(Fd fd, Listener& made) {
     int listening = 0;
@@ -1022,6 +1034,7 @@ Error describe(Fd fd, Listener& made) {
         made.text = "unix:" + made.path;
     }
     set_flags(fd.get(), true);
+    set_tcp_options(fd.get());
     made.fd = std::move(fd);
     return {};
 }
@@ -1044,15 +1057,6 @@ Error clear_path(const string& path, const sockaddr_un& name) {
     const int live = ::connect(probe.get(), address, sizeof name);
     if (live < 0 && errno == ECONNREFUSED) { ::unlink(path.c_str()); }
     return {};  // if it is live, bind() fails with EADDRINUSE
-}
-
-/// Accepted sockets inherit this bound on unsent bytes in the kernel. Without it a socket may not
-/// be writable again before megabytes are read, and a slow reader would be taken for a dead one.
-void limit_unsent([[maybe_unused]] int fd) {
-#ifdef TCP_NOTSENT_LOWAT
-    const int bytes = 2 * kPiece;
-    ::setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &bytes, sizeof bytes);
-#endif
 }
 
 /// The socket address that bind() needs, and its size.
@@ -1090,7 +1094,6 @@ Error bind_address(const Address& address, const Config& config, Listener& made)
     const int on = 1;
     ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     if (address.v6) { ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on); }
-    if (address.path.empty()) { limit_unsent(fd.get()); }
     int64_t wanted = 0;
     parse_number(config.umask, wanted, 8);
     const mode_t mask = ::umask(static_cast<mode_t>(wanted));
@@ -2730,7 +2733,8 @@ private:
                                                         : c.accepted + config_.header_timeout;
             case State::ReadBody: return patience(c.since);
             case State::Ready: return patience(std::max(c.started, thawed_));
-            case State::Reply: return std::max(patience(c.since), c.since + kSendSilence);
+            case State::Reply:  // even with -t 0, lest those who read nothing fill the worker
+                return c.since + std::max<Clock::duration>(config_.timeout, kSendSilence);
             case State::Linger: return std::min(c.since + kLingerSilence, c.started + kLingerTotal);
             case State::Run:  // the slot has a deadline
             case State::Done: break;

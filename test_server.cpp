@@ -4719,6 +4719,12 @@ TEST_CASE("several addresses: all listed, all served, each with its own name") {
         CHECK(has_line(body, "SERVER_PORT=" + to_string(server.port(i))));
     }
     CHECK(server.port(2) == std::atoi(port.c_str()));
+#ifdef TCP_NOTSENT_LOWAT
+    int unsent = 0;  // or a slow reader's socket would be writable too rarely
+    socklen_t size = sizeof unsent;
+    ::getsockopt(inherited.get(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, &size);
+    CHECK(unsent == 128 * 1024);
+#endif
     CHECK(exchange(Client(path), http("GET /")).status == 200);
     if (!v6) { MESSAGE("no ::1 on this machine"); }
     for (size_t i = 3; v6 && i < 5; ++i) {
@@ -6949,6 +6955,28 @@ TEST_CASE("a large body that nobody reads costs no other request, however its ow
         REQUIRE(get(server, "/hello").body == "hello");
     }
     CHECK(server.runners() == before);
+}
+
+TEST_CASE("a piece of a stream does not wait until its client acknowledges the one before") {
+    const Server server(kTools + R"py(
+def pieces(environ, start_response):
+    start_response("200 OK", [])
+    for number in range(200):
+        yield b"piece"
+        wait(str(number))
+)py",
+                        {"-w", "1"});
+    Client client(server);
+    client.send(get_bytes("/pieces"));
+    const Time start = Clock::now();
+    for (int number = 0; number < 200; ++number) {
+        const int off = 0;  // acknowledges up to 40 ms late
+        ::setsockopt(client.fd.get(), IPPROTO_TCP, TCP_QUICKACK, &off, sizeof off);
+        client.read_until([](const string& text) { return contains(text, "piece"); });
+        write_file(server.dir.path + "/" + to_string(number), "");
+    }
+    CHECK(contains(client.read_all(), "0\r\n\r\n"));
+    CHECK(seconds_since(start) < 3);  // else more than 4
 }
 
 TEST_CASE("who leaves a stream, its body unread, has the runner no longer than the timeout") {
