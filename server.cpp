@@ -769,7 +769,7 @@ struct AsUser {
 /// Whether --user could make a path to `directory` lead elsewhere: there is a symbolic link in it,
 /// or the user owns or may write to a directory in it. Of those above `directory`, sticky ones (as
 /// /tmp) do not count: there nobody can rename or remove what is another's.
-bool has_say(const Config& config, string directory) {
+bool can_redirect(const Config& config, string directory) {
     struct stat info = {};
     for (string part = directory; !part.empty(); part.resize(part.rfind('/'))) {
         if (::lstat(part.c_str(), &info) == 0 && S_ISLNK(info.st_mode)) { return true; }
@@ -798,13 +798,13 @@ bool give_away(const Config& config, const Fd& file) {
 }
 
 /// Opens or reopens a log; "-" is the descriptor `standard`, an empty path means no log. Root makes
-/// the file and gives it to --user; but where has_say(), root opens it with that user's rights, who
-/// could otherwise have the log written to, say, /etc/passwd.
+/// the file and gives it to --user; but where can_redirect(), root opens it with that user's
+/// rights, who could otherwise have the log written to, say, /etc/passwd.
 Error open_log(const Config& config, const string& path, int standard, Fd& file) {
     if (path.empty()) { return {}; }
     const string directory = path.substr(0, path.rfind('/'));
     const bool root = ::geteuid() == 0 && config.uid != 0 && path != "-" && directory != "/dev";
-    const bool other = root && has_say(config, directory);
+    const bool other = root && can_redirect(config, directory);
     const int flags = O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | (root && !other ? O_NOFOLLOW : 0);
     const AsUser user(config, other);
     Fd made(path == "-" ? ::fcntl(standard, F_DUPFD_CLOEXEC, 0)
@@ -1283,7 +1283,7 @@ struct Request {
     size_t field_memory = 0;  // bytes that these take, roughly
     int64_t length = -1;      // Content-Length; -1: none
     bool expect_continue = false;
-    int https = 0, http = 0;  // how many kSecure fields say that the client used https, or did not
+    int says_https = 0, says_http = 0;  // how many kSecure fields say so
 
     /// A field by its name in the environ; data() is null if there is none.
     string_view field(const char* name) const {
@@ -1501,7 +1501,7 @@ private:
             return good ? Error{} : Error{400, "not one good Content-Length"};
         }
         for (const auto& [proxy_field, yes] : kSecure) {
-            if (is(proxy_field)) { ++(value == yes ? r.https : r.http); }
+            if (is(proxy_field)) { ++(value == yes ? r.says_https : r.says_http); }
         }
         if (is_host_field && !is_host(value)) { return {400, "not a host"}; }
         r.field_memory += 160 + line.size();
@@ -2100,7 +2100,7 @@ struct Connection;
 struct Runner;
 
 /// A request in a slot: the present one, or one that lies in a pipe ahead of time.
-struct Turn {
+struct Job {
     Connection* client;  // null: nobody waits for the response any more
     size_t size;         // bytes of its frame and body, if all are in the pipe; else 0
     string request;      // its request line
@@ -2110,28 +2110,28 @@ struct Turn {
 struct Slot {
     Runner* runner = nullptr;
     std::vector<Pair> pipes;  // for requests, used in turn; take_back() needs the reading ends
-    Fd from;                  // our end of the pipe for replies
+    Fd replies;               // our end of the pipe for replies
     size_t index = 0;         // the pipe of the present request
-    Fd full;                  // while that pipe is full: a copy below FD_SETSIZE, for select()
+    Fd full_pipe;             // while that pipe is full: a copy below FD_SETSIZE, for select()
     NetstringReader reader;
     Spool out;                    // what the runner has not taken yet of its request
     bool answered = false;        // the end frame of the present request has come
-    bool gone = false;            // the runner has to be told that the client has gone
-    std::vector<Turn> turns;      // the present request, then those ahead, each in the next pipe
+    bool tell_gone = false;       // the runner has to be told that the client has gone
+    std::vector<Job> jobs;        // the present request, then those ahead, each in the next pipe
     Clock::duration mean{};       // how long a request takes
     size_t ahead_limit = 0;       // how many may lie ahead: about kAhead of work
     size_t ahead_bytes = kPiece;  // how large each of these may be
     Time since{};                 // when the present request went out
     Time deadline{};              // for the next frame, or for loading the application
 
-    const Pair& pipe_of(size_t turn) const { return pipes[(index + turn) % pipes.size()]; }
+    const Pair& pipe_of(size_t job) const { return pipes[(index + job) % pipes.size()]; }
     const Fd& pipe() const { return pipes[index].second; }
-    bool busy() const { return !turns.empty(); }
-    Connection* current() const { return busy() ? turns.front().client : nullptr; }
+    bool busy() const { return !jobs.empty(); }
+    Connection* current() const { return busy() ? jobs.front().client : nullptr; }
 
     void close_requests() {
         for (Pair& each : pipes) { each = Pair(); }
-        full.reset();
+        full_pipe.reset();
     }
 };
 
@@ -2171,8 +2171,8 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     if (Error error = make_pipe(replies)) { return error; }
     (void)resize_pipe(replies.first, 1 << 18);
     set_flags(replies.first.get(), true);
-    slot.from = std::move(replies.first);
-    if (slot.from.get() >= FD_SETSIZE) { return {1, "too many descriptors for another runner"}; }
+    slot.replies = std::move(replies.first);
+    if (slot.replies.get() >= FD_SETSIZE) { return {1, "too many descriptors for another runner"}; }
     ends.push_back(raise_fd(std::move(replies.second)));
     return {};
 }
@@ -2282,10 +2282,10 @@ struct Passport {
     int64_t stored = 0;                // bytes of the body that are in its file
     int minor = 0;                     // HTTP/1.minor
     bool bodyless = false;             // HEAD, 204, 304: the response has no body
-    bool more = false, eof = false;    // the client has sent more than its request; half-closed
-    bool closes = false;               // its request said "Connection: close"
-    bool awaits_proxy = false;         // a PROXY header may come first
-    bool silent = true;                // no byte of a request has come: perhaps a health check
+    bool sent_more = false, eof = false;  // the client has sent more than its request; half-closed
+    bool said_close = false;              // its request said "Connection: close"
+    bool awaits_proxy = false;            // a PROXY header may come first
+    bool silent = true;                   // no byte of a request has come: perhaps a health check
 };
 
 struct Connection : Passport {
@@ -2499,7 +2499,7 @@ private:
         log(Level::Warning, "The graceful timeout is over");
         each_slot([this](Slot& slot) {
             take_back(slot);
-            for (Turn& turn : slot.turns) { turn.client = nullptr; }
+            for (Job& job : slot.jobs) { job.client = nullptr; }
         });
         do {
             for (const auto& c : connections_) {
@@ -2544,11 +2544,11 @@ private:
             thawed_ = woken, stopped_ += woken - before;
         }
         each_slot([&](Slot& slot) {
-            if (is_set(slot.full, writes)) { feed_runner(slot); }
-            if (is_set(slot.from, reads)) { read_runner(slot); }
+            if (is_set(slot.full_pipe, writes)) { feed_runner(slot); }
+            if (is_set(slot.replies, reads)) { read_runner(slot); }
             if (now_ >= take_back_at(slot)) { take_back(slot); }
         });
-        look_ = look_ || is_set(queue_.second, reads) || now_ >= next_tick_;
+        check_queue_ = check_queue_ || is_set(queue_.second, reads) || now_ >= next_tick_;
         for (int fd = 0; fd <= max_fd_; ++fd) {
             const bool readable = FD_ISSET(fd, &reads), writable = FD_ISSET(fd, &writes);
             Connection* c = readable || writable ? connections_[fd].get() : nullptr;
@@ -2560,14 +2560,14 @@ private:
         const bool called =
             find(listeners_, [&](const Listener& each) { return is_set(each.fd, reads); });
         const bool busy = !has_idle_slot();
-        if (called_ && now_ >= look_at_) {
-            called_ = false, look_at_ = now_ + kAcceptDelay;
+        if (client_waits_ && now_ >= next_look_) {
+            client_waits_ = false, next_look_ = now_ + kAcceptDelay;
             if (busy) { accept_clients(); }
         } else if (called && busy) {
-            called_ = true, look_at_ = now_ + kAhead;
+            client_waits_ = true, next_look_ = now_ + kAhead;
         }
         run_requests();
-        if (called && !called_ && last_accept_ < woken) { came_too_late(woken); }
+        if (called && !client_waits_ && last_accept_ < woken) { came_too_late(woken); }
         pass_on();
         if (now_ >= accept_again_) { empty_backlog(); }
         if (now_ >= next_tick_) { tick(); }
@@ -2583,7 +2583,7 @@ private:
     void show_title() {
         string_view title = "idle ";
         each_slot([&](const Slot& slot) {
-            if (slot.busy()) { title = slot.turns.front().request; }
+            if (slot.busy()) { title = slot.jobs.front().request; }
         });
         title = title.substr(0, std::min(title.find('?'), title.rfind(' ')));
         if (booted_ && title != shown_) { set_title(config_, "worker", shown_ = title); }
@@ -2595,18 +2595,19 @@ private:
         Time until = at_once ? now_ : std::min(next_tick_, pass_at());
         watch(g_self_pipe.first, reads);
         each_slot([&](Slot& slot) {
-            if (slot.full) { watch(slot.full, writes); }
+            if (slot.full_pipe) { watch(slot.full_pipe, writes); }
             const bool stalled = slot.current() != nullptr && slot.current()->out.full();
             if (stalled) { slot.deadline = patience(now_); }  // the client's fault: it reads slowly
-            if (!slot.from || stalled) { return; }
-            watch(slot.from, reads);
+            if (!slot.replies || stalled) { return; }
+            watch(slot.replies, reads);
             until = std::min(until, take_back_at(slot));
         });
         const bool room = connected_ <= config_.worker_connections;
         if (places() > 0 && room && stop_ != Stop::Leave) { watch(queue_.second, reads); }
         // A busy worker leaves connections to idle ones: it watches the listeners only once in
         // kAcceptDelay, and then accepts only what still waits after kAhead.
-        const Time busy_at = called_ ? look_at_ : std::max(look_at_, last_begin_ + kAcceptDelay);
+        const Time busy_at =
+            client_waits_ ? next_look_ : std::max(next_look_, last_begin_ + kAcceptDelay);
         const Time accept_at = std::max(accept_again_, idle ? now_ : busy_at);
         for (const Listener& each : listeners_) {
             if (booted_ && stop_ == Stop::No && now_ >= accept_at) { watch(each.fd, reads); }
@@ -2623,7 +2624,7 @@ private:
     /// at once.
     void run_requests() {
         for (int round = 0; round < 8; ++round) {
-            if (std::exchange(look_, false)) { take_from_queue(); }
+            if (std::exchange(check_queue_, false)) { take_from_queue(); }
             dispatch();
             if (stop_ == Stop::No && wants_request()) { accept_clients(); }
             Slot* slot = nullptr;  // whose request went out just now
@@ -2637,9 +2638,9 @@ private:
     /// Programs that compute get a time slice by it, too: after a long yield the single client has
     /// none for a hundred times as long. Returns whether the runner has answered.
     bool yield_to(Slot& slot) {
-        const bool full = slot.turns.size() > 1 && slot.turns.size() == slot.pipes.size();
+        const bool full = slot.jobs.size() > 1 && slot.jobs.size() == slot.pipes.size();
         int tries = full ? 3 : connected_ == 1 ? 40 : 0;
-        for (; tries > 0 && slot.from && (full || now_ >= yield_again_); --tries) {
+        for (; tries > 0 && slot.replies && (full || now_ >= yield_again_); --tries) {
             ::sched_yield();
             const Time before = std::exchange(now_, Clock::now());
             if (now_ > before + 1ms) { yield_again_ = now_ + 100 * (now_ - before); }
@@ -2679,7 +2680,7 @@ private:
     void tick_runners() {
         const Time anew = patience(thawed_);  // they may have been stopped together with us
         each_slot([&](Slot& slot) {
-            if (!slot.full) { feed_runner(slot); }  // if there was no descriptor for slot.full
+            if (!slot.full_pipe) { feed_runner(slot); }  // in case there was no descriptor for it
             if (slot.busy() && now_ >= std::max(slot.deadline, anew)) { hung_app(slot); }
         });
         const bool done = !has_work();
@@ -2869,7 +2870,7 @@ private:
         if (c.state <= State::ReadBody) {
             return parse(c, string_view(buffer_, static_cast<size_t>(n)));
         }
-        c.more = c.more || n > 0;
+        c.sent_more = c.sent_more || n > 0;
         if (c.state == State::Linger) { set_state(c, c.eof ? State::Done : State::Linger); }
     }
 
@@ -2924,14 +2925,14 @@ private:
 
     void take_head(Connection& c) {
         const bool https =
-            c.parser.request.https > 0 && is_listed(config_.forwarded_allow_ips, c.from);
-        if (https && c.parser.request.http > 0) {
+            c.parser.request.says_https > 0 && is_listed(config_.forwarded_allow_ips, c.from);
+        if (https && c.parser.request.says_http > 0) {
             return refuse(c, {400, "contradicting X-Forwarded fields"});
         }
         const Request request = std::exchange(c.parser.request, Request());  // c.env replaces it
         c.minor = request.minor;
         c.bodyless = request.method == "HEAD";
-        c.closes = same_name(request.field("HTTP_CONNECTION"), "close");
+        c.said_close = same_name(request.field("HTTP_CONNECTION"), "close");
         c.env = make_environ(request, c.ends, https ? "https" : "http");
         if (g_log.level == Level::Debug) { log(Level::Debug, escape(c.parser.request_line)); }
         discard(c.taken);
@@ -2953,7 +2954,7 @@ private:
         if (c.parser.at.chunked) {
             c.env.insert(sizeof "CONTENT_LENGTH", to_string(c.body.size()));
         }
-        c.more = !c.in.empty();
+        c.sent_more = !c.in.empty();
         discard(c.in);
         c.started = now_;
         set_state(c, State::Ready);
@@ -2974,7 +2975,7 @@ private:
         if (c.bodyless) { body.clear(); }
         c.body_bytes = static_cast<int64_t>(body.size());
         c.out.append(c.head + body, kReplyMemory);
-        c.more = c.more || c.state < State::Ready;
+        c.sent_more = c.sent_more || c.state < State::Ready;
         c.complete = true;
         set_state(c, State::Reply);
         flush(c);
@@ -2984,7 +2985,7 @@ private:
     void flush(Connection& c) {
         while (c.out.size() > 0) {
             const string_view data = c.out.front();
-            const bool last = c.complete && !c.more && !c.broken;
+            const bool last = c.complete && !c.sent_more && !c.broken;
             const ssize_t n = ::send(c.socket.get(), data.data(), data.size(), last ? kMore : 0);
             if (n < 0) { return would_block() ? void() : client_gone(c); }
             c.out.pop(static_cast<size_t>(n));
@@ -3005,21 +3006,21 @@ private:
             ::setsockopt(c.socket.get(), SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
             return set_state(c, State::Done);
         }
-        if (c.closes && !c.more) { return set_state(c, State::Done); }
+        if (c.said_close && !c.sent_more) { return set_state(c, State::Done); }
         char byte;
         ::shutdown(c.socket.get(), SHUT_WR);
-        c.more = c.more || ::recv(c.socket.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0;
+        c.sent_more = c.sent_more || ::recv(c.socket.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0;
         c.started = now_;
-        set_state(c, c.more && !c.eof ? State::Linger : State::Done);
+        set_state(c, c.sent_more && !c.eof ? State::Linger : State::Done);
     }
 
     /// After a reset or a failed write: there is nobody to answer.
     void client_gone(Connection& c) {
         if (c.state != State::Linger && !c.silent) { write_access(c); }
         each_slot([&](Slot& slot) {
-            const auto mine = [&c](const Turn& turn) { return turn.client == &c; };
+            const auto mine = [&c](const Job& job) { return job.client == &c; };
             if (slot.current() == &c) { return abandon(slot); }
-            if (Turn* turn = find(slot.turns, mine)) { turn->client = nullptr; }
+            if (Job* job = find(slot.jobs, mine)) { job->client = nullptr; }
         });
         set_state(c, State::Done);
     }
@@ -3143,7 +3144,7 @@ private:
     //   useless    lose_slot: SIGKILL, at once if it broke the protocol, else after a second
     //   dead       by itself: SIGCHLD brings it to bury() at once
     //
-    // A request ends step by step: end_turn() at the runner's end frame; end_reply() when the
+    // A request ends step by step: end_job() at the runner's end frame; end_reply() when the
     // response is complete, there or before; end_response() sends the rest of it, or an error
     // page; end_request() makes the slot go on.
 
@@ -3157,10 +3158,10 @@ private:
     /// How many requests a slot would take now: one to run, and some ahead of time.
     size_t places(const Slot& slot) const {
         if (slot.runner->phase != Phase::Serving) { return 0; }
-        const bool quick =
-            !slot.answered && !slot.full && !slot.runner->new_log && now_ < slot.since + kAhead;
+        const bool quick = !slot.answered && !slot.full_pipe && !slot.runner->new_log &&
+                           now_ < slot.since + kAhead;
         const size_t limit = 1 + (quick || !slot.busy() ? slot.ahead_limit : 0);
-        return limit - std::min(limit, slot.turns.size());
+        return limit - std::min(limit, slot.jobs.size());
     }
 
     size_t places() {
@@ -3198,14 +3199,14 @@ private:
         const string head = netstring(c.env);
         const string_view body = c.body.newest();
         const size_t size = head.size() + body.size();
-        const Fd& pipe = slot.pipe_of(slot.turns.size()).second;
+        const Fd& pipe = slot.pipe_of(slot.jobs.size()).second;
         const bool fits = c.body.stored() == 0 && size <= slot.ahead_bytes;
         const ssize_t n = fits ? write_parts(pipe, head, {body}) : -1;
         const bool sent = n == static_cast<ssize_t>(size);
         if (slot.busy() && !sent) { return false; }
         set_state(c, State::Run);
-        slot.turns.push_back({&c, sent ? size : 0, c.parser.request_line});
-        if (slot.turns.size() > 1) { return true; }
+        slot.jobs.push_back({&c, sent ? size : 0, c.parser.request_line});
+        if (slot.jobs.size() > 1) { return true; }
         if (!sent) {
             slot.out = std::exchange(c.body, Spool());
             slot.out.prepend(head);
@@ -3216,7 +3217,7 @@ private:
         return true;
     }
 
-    /// The first turn of a slot becomes its present request.
+    /// The first job of a slot becomes its present request.
     void begin_request(Slot& slot) {
         slot.answered = false;
         slot.since = last_begin_ = now_;
@@ -3224,7 +3225,7 @@ private:
     }
 
     static Time take_back_at(const Slot& slot) {
-        return slot.turns.size() < 2 || !slot.pipe() ? Time::max() : slot.since + kAhead;
+        return slot.jobs.size() < 2 || !slot.pipe() ? Time::max() : slot.since + kAhead;
     }
 
     /// Takes back requests that lie ahead and are unread, the last one first; they wait at the head
@@ -3233,20 +3234,20 @@ private:
     /// runner's end of the pipe is the same open file, and non-blocking meanwhile: see Slot.more in
     /// kRunner.) With `keep` 0, for a runner that is lost, takes back even the present request.
     void take_back(Slot& slot, size_t keep = 1) {
-        while (slot.turns.size() > keep) {
-            Connection* client = slot.turns.back().client;
-            const size_t all = slot.turns.back().size;
+        while (slot.jobs.size() > keep) {
+            Connection* client = slot.jobs.back().client;
+            const size_t all = slot.jobs.back().size;
             const bool begun =
                 client != nullptr && (client->response.status != 0 || !client->app_head.empty());
             if (all == 0 || begun) { return; }  // it may answer a request before reading it
-            const Pair& pipe = slot.pipe_of(slot.turns.size() - 1);
+            const Pair& pipe = slot.pipe_of(slot.jobs.size() - 1);
             ::fcntl(pipe.first.get(), F_SETFL, O_NONBLOCK);
             const ssize_t n = ::read(pipe.first.get(), buffer_, kMaxMessage);
             ::fcntl(pipe.first.get(), F_SETFL, 0);
             const size_t size = static_cast<size_t>(std::max<ssize_t>(n, 0));
             if (size < all && size > 0) { (void)write_some(pipe.second, {buffer_, size}); }
             if (size < all) { return; }
-            slot.turns.pop_back();
+            slot.jobs.pop_back();
             if (client == nullptr) { continue; }
             set_state(*client, State::Ready);
             ready_.splice(ready_.begin(), ready_, std::prev(ready_.end()));
@@ -3254,33 +3255,33 @@ private:
     }
 
     void feed_runner(Slot& slot) {
-        while (slot.pipe() && (slot.out.size() > 0 || slot.gone)) {
+        while (slot.pipe() && (slot.out.size() > 0 || slot.tell_gone)) {
             // By a write of its own, which is atomic (PIPE_BUF): the runner, once done, throws away
             // what it has read, and would take the rest of a torn "0:," for the next frame.
-            if (slot.out.size() == 0) { slot.gone = false, slot.out.append("0:,", kPiece); }
+            if (slot.out.size() == 0) { slot.tell_gone = false, slot.out.append("0:,", kPiece); }
             const ssize_t n = write_some(slot.pipe(), slot.out.front());
-            if (n < 0 && !slot.full) {
-                slot.full.reset(::fcntl(slot.pipe().get(), F_DUPFD_CLOEXEC, 0));
-                if (slot.full.get() >= FD_SETSIZE) { slot.full.reset(); }  // tick() tries again
+            if (n < 0 && !slot.full_pipe) {
+                slot.full_pipe.reset(::fcntl(slot.pipe().get(), F_DUPFD_CLOEXEC, 0));
+                if (slot.full_pipe.get() >= FD_SETSIZE) { slot.full_pipe.reset(); }  // see tick()
             }
             if (n < 0) { return; }
             slot.out.pop(static_cast<size_t>(n));
         }
-        slot.full.reset();
+        slot.full_pipe.reset();
         if (slot.busy() && slot.answered && slot.pipe()) { end_request(slot); }
     }
 
     /// Reads once from the runner; false if there is nothing to read, or the slot is lost.
     bool read_runner(Slot& slot) {
         using Event = NetstringReader::Event;
-        const ssize_t n = ::read(slot.from.get(), replies_, sizeof replies_);
+        const ssize_t n = ::read(slot.replies.get(), replies_, sizeof replies_);
         if (n < 0 && would_block()) { return false; }
         if (n <= 0) { return lose_slot(slot), false; }
         if (slot.current() != nullptr) { slot.deadline = patience(now_); }
         string_view in(replies_, static_cast<size_t>(n)), piece;
         for (Event event; (event = slot.reader.next(in, piece)) != Event::NeedMore;) {
             const bool last = event == Event::End || event == Event::Failed;
-            const bool behind = last && !in.empty() && slot.turns.size() < 2;
+            const bool behind = last && !in.empty() && slot.jobs.size() < 2;
             const bool stray = event != Event::End || slot.runner->phase == Phase::Serving;
             if (event == Event::Bad || behind || (!slot.busy() && stray)) {
                 log(Level::Error, slot.runner->name() + "broke the protocol");
@@ -3288,7 +3289,7 @@ private:
                 return end_runner(*slot.runner), false;
             }
             if (event == Event::Whole) { end_reply(slot, true); }
-            if (last) { end_turn(slot, event == Event::End); }
+            if (last) { end_job(slot, event == Event::End); }
             if (event == Event::Piece && slot.current() != nullptr) { take_reply(slot, piece); }
         }
         Connection* c = slot.current();
@@ -3338,7 +3339,7 @@ private:
         if (!c.bodyless) {
             log_about(c, Level::Error, "The response is longer than its Content-Length");
         }
-        slot.gone = true;  // the client may have no more
+        slot.tell_gone = true;  // the client may have no more
         end_reply(slot, true);
     }
 
@@ -3376,11 +3377,11 @@ private:
         runner.phase = Phase::Serving;
         tell_log(runner);
         if (!std::exchange(booted_, true)) { notify(); }
-        look_ = true;
+        check_queue_ = true;
     }
 
     /// An end frame: the runner is done with the present request, or has loaded the application.
-    void end_turn(Slot& slot, bool good) {
+    void end_job(Slot& slot, bool good) {
         if (slot.runner->phase == Phase::Booting) { return runner_ready(*slot.runner); }
         slot.answered = true;
         if (slot.runner->left > 0) { failures_ = 0; }  // else they are those of its successors
@@ -3396,7 +3397,7 @@ private:
         Connection* c = slot.current();
         feed_runner(slot);  // first, so that the slot goes on without waiting for this client
         if (c == nullptr) { return; }
-        if (slot.current() == c) { slot.turns.front().client = nullptr; }  // the slot is busy still
+        if (slot.current() == c) { slot.jobs.front().client = nullptr; }  // the slot is busy still
         const bool cut = good && c->left > 0;
         if (!good) { log_about(*c, Level::Error, "Error handling request"); }
         if (cut) { log_about(*c, Level::Error, "The response is shorter than its Content-Length"); }
@@ -3414,8 +3415,8 @@ private:
 
     /// Nobody waits for the response any more: tells the runner.
     void abandon(Slot& slot) {
-        slot.turns.front().client = nullptr;
-        slot.gone = true;
+        slot.jobs.front().client = nullptr;
+        slot.tell_gone = true;
         feed_runner(slot);
     }
 
@@ -3425,15 +3426,15 @@ private:
         Runner& runner = *slot.runner;
         slot.out = Spool();  // frees its memory and file: the slot may be idle for long
         slot.index = (slot.index + 1) % slot.pipes.size();
-        slot.turns.erase(slot.turns.begin());
+        slot.jobs.erase(slot.jobs.begin());
         if (slot.busy()) {
             begin_request(slot);
-            slot.gone = slot.current() == nullptr;
+            slot.tell_gone = slot.current() == nullptr;
             feed_runner(slot);
         }
         tell_log(runner);
         if (--runner.left == 0) { next_tick_ = now_; }  // its successor is due
-        look_ = slot.ahead_limit == 0 || slot.index == 0 || !ready_.empty() || look_;
+        check_queue_ = slot.ahead_limit == 0 || slot.index == 0 || !ready_.empty() || check_queue_;
     }
 
     /// A slot's pipes are of no use any more: the runner has to leave, or gets SIGKILL in a second.
@@ -3443,7 +3444,7 @@ private:
         if (slot.busy() || runner.phase != Phase::Retired) { runner.phase = Phase::Dying; }
         take_back(slot, 0);
         slot.close_requests();
-        slot.from.reset();
+        slot.replies.reset();
         slot.deadline = Time::max();
         kill_runner_after(runner, 1s);
     }
@@ -3469,10 +3470,10 @@ private:
     void hung_app(Slot& slot) {
         Runner& runner = *slot.runner;
         Connection* c = slot.current();
-        slot.turns.front().client = nullptr;
+        slot.jobs.front().client = nullptr;
         log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(runner.pid) + "): no answer for " +
                                  to_string(config_.timeout) +
-                                 " s: " + escape(slot.turns.front().request));
+                                 " s: " + escape(slot.jobs.front().request));
         restart_at_ = std::min(restart_at_, now_ + 1s);  // even after many failures in a row
         if (runner.signal == 0 && std::exchange(runner.phase, Phase::Hung) != Phase::Hung) {
             kill_runner_after(runner,
@@ -3504,7 +3505,7 @@ private:
         Runner& runner = *found;
         runner.dead = true;
         for (Slot& slot : runner.slots) {
-            while (slot.from && read_runner(slot)) {}  // what it has written before still counts
+            while (slot.replies && read_runner(slot)) {}  // what it has written before still counts
             take_back(slot, 0);
         }
         const bool retired = runner.phase == Phase::Retired && !runner.busy();
@@ -3515,10 +3516,10 @@ private:
         std::vector<Connection*> clients;
         string lines;
         for (const Slot& slot : runner.slots) {
-            for (const Turn& turn : slot.turns) {
-                if (turn.client == nullptr) { continue; }
-                clients.push_back(turn.client);
-                (lines += lines.empty() ? ": " : ", ") += escape(turn.request);
+            for (const Job& job : slot.jobs) {
+                if (job.client == nullptr) { continue; }
+                clients.push_back(job.client);
+                (lines += lines.empty() ? ": " : ", ") += escape(job.request);
             }
         }
         const bool ours = runner.signal != 0 || (retired && WTERMSIG(status) == SIGTERM);
@@ -3601,16 +3602,16 @@ private:
     int failures_ = 0;  // how many runners in a row ended without a request
     Stop stop_ = Stop::No;
     bool booted_ = false, spinner_ = false;
-    bool logs_access_ = true;  // the last line of the access log was written
-    bool look_ = false;        // look into the ready queue before handing out what waits here
+    bool logs_access_ = true;   // the last line of the access log was written
+    bool check_queue_ = false;  // look into the ready queue before handing out what waits here
     size_t head_memory_ = 0, reply_memory_ = 0;  // of all clients
     fd_set reads_{}, writes_{};                  // the clients that select() watches
     fd_set hot_{}, fresh_{};  // of reads_: with an event in this or the last tick; in this one
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, yield_again_ = now_, restart_at_ = now_, hot_until_ = now_;
     Time last_begin_ = now_;          // when a request last went to a runner
-    bool called_ = false;             // a client came while all slots were busy
-    Time look_at_ = now_;             // when to see if it still waits; else when to look for others
+    bool client_waits_ = false;       // a client came while all slots were busy
+    Time next_look_ = now_;           // when to see if it still waits; else when to look for others
     Time stopped_{}, thawed_{};       // when we were told to stop; when we went on after SIGSTOP
     Time last_accept_{}, lost_at_{};  // when a client was last accepted; last lost to others
     string shown_;                    // what ps shows
