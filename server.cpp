@@ -2377,7 +2377,7 @@ constexpr auto kColdDelay = 20ms;    // how long select() may ignore clients sil
 constexpr auto kAcceptDelay = 10ms;  // how long a busy worker leaves connections to idle ones
 constexpr auto kAhead = 1ms;         // how long a request may lie ahead in a busy runner's pipe
 constexpr auto kKillDelay = 500ms;   // from asking a process to leave to SIGKILL
-constexpr auto kLingerSilence = 2s, kLingerTotal = 10s;  // as nginx's lingering_close
+constexpr auto kLingerSilence = 5s, kLingerTotal = 30s;  // as nginx's lingering_close
 constexpr auto kSendSilence = 60s;  // or --timeout if longer: ACKs of slow readers come in bursts
 constexpr size_t kReplyMemory = size_t{1} << 20, kWorkerMemory = size_t{16} << 20;  // bytes
 #ifdef MSG_MORE
