@@ -2635,15 +2635,15 @@ private:
 
     /// Yields the processor instead of sleeping: to a runner whose pipes are all full, which then
     /// answers many requests for one wake-up; or for a single client, as to be woken takes longer.
-    /// Programs that compute get a time slice by it, too: after a long yield the single client has
-    /// none for a hundred times as long. Returns whether the runner has answered.
+    /// Programs that compute get a time slice by it, too: after a yield that was longer than a
+    /// runner's usual share there is none for fifty times as long. Returns whether it has answered.
     bool yield_to(Slot& slot) {
         const bool full = slot.jobs.size() > 1 && slot.jobs.size() == slot.pipes.size();
         int tries = full ? 3 : connected_ == 1 ? 40 : 0;
-        for (; tries > 0 && slot.replies && (full || now_ >= yield_again_); --tries) {
+        for (; tries > 0 && slot.replies && now_ >= yield_again_; --tries) {
             ::sched_yield();
             const Time before = std::exchange(now_, Clock::now());
-            if (now_ > before + 1ms) { yield_again_ = now_ + 100 * (now_ - before); }
+            if (now_ > before + (full ? 3ms : 1ms)) { yield_again_ = now_ + 50 * (now_ - before); }
             if (read_runner(slot)) { return true; }
         }
         return false;
