@@ -11151,8 +11151,8 @@ TEST_SUITE_END();
 /// doctest, and the suites.
 constexpr const char* kShares[][2] = {
     {"test-suite", "operations"},
-    {"test-suite", "processes,lesson,applications"},
-    {"test-suite-exclude", "operations,processes,lesson,applications"}};
+    {"test-suite", "http,processes,lesson,applications"},
+    {"test-suite-exclude", "http,operations,processes,lesson,applications"}};
 
 /// Prints what each share has printed, once it has ended; 0 if all of them passed.
 int wait_for_shares(const pid_t* pids, std::FILE* const* outputs, size_t shares) {
