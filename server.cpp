@@ -2643,7 +2643,7 @@ private:
         for (; tries > 0 && slot.replies && now_ >= yield_again_; --tries) {
             ::sched_yield();
             const Time before = std::exchange(now_, Clock::now());
-            if (now_ > before + (full ? 3ms : 1ms)) { yield_again_ = now_ + 50 * (now_ - before); }
+            if (now_ > before + (full ? 5ms : 1ms)) { yield_again_ = now_ + 50 * (now_ - before); }
             if (read_runner(slot)) { return true; }
         }
         return false;
