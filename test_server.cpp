@@ -10077,7 +10077,7 @@ TEST_CASE("a reload that another overtakes leaves no worker with what it had loa
         REQUIRE(wait_file(server, "loading", n + 1));
     }
     CHECK(wait_for([&] { return count(server.log(), "Worker exiting") == 3; }));
-    CHECK(server.workers().size() == 2);
+    CHECK(wait_for([&] { return server.workers().size() == 2; }));  // they say so, then exit
     CHECK_FALSE(wait_for([&] { return get(server, "/show").body != "v3"; }, 300ms));
 }
 
