@@ -1518,8 +1518,8 @@ private:
         string_view host = r.host;  // the target's, which counts even without a Host field
         if (!host.empty()) { r.fields.emplace(string("HTTP_HOST"), host); }
         const string_view expect = r.field("HTTP_EXPECT");
-        r.expect_continue = expect.data() != nullptr && r.minor > 0;
-        if (expect.data() != nullptr && !same_name(expect, "100-continue")) {
+        r.expect_continue = !expect.empty() && r.minor > 0;
+        if (!expect.empty() && !same_name(expect, "100-continue")) {
             return {417, "not an expectation"};
         }
         at.left = std::max<int64_t>(r.length, 0);

@@ -888,6 +888,7 @@ TEST_CASE("header fields reach the environ as RFC 9112 and PEP 3333 say, or are 
          "|HTTP_EXPECT=100-continue|length=1|expect"},
         {"100-continue in capitals", "Expect: 100-Continue\r\n", 0,
          "|HTTP_EXPECT=100-Continue|expect"},
+        {"no expectation in the list", "Expect: \r\n", 0, "|HTTP_EXPECT="},
         {"another expectation", "Expect: 200-ok\r\n", 417},
         {"100-continue and another", "Expect: 100-continue, x\r\n", 417},
     };
