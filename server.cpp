@@ -1811,8 +1811,7 @@ class Body(io.RawIOBase):
     """A request's body if not all of it came with the head; inert once the request is over."""
     readable = lambda self: True  # io.BufferedReader asks for this
 
-    def __init__(self, response):
-        self.response, self.size = response, response.slot.left
+    def __init__(self, response): self.response, self.size = response, response.slot.left
 
     def readinto(self, buffer):
         with self.response.lock:
@@ -1884,8 +1883,10 @@ class Slot:
             os._exit(1)
 
     def more(self):  # or nothing: for a moment take_back() in the worker sets O_NONBLOCK
+        wait = [self.requests[self.index]], [], []
+        if select.select.__module__ != "select": select.select(*wait)  # gevent's: others go on
         try: data = os.read(self.requests[self.index], 65536)
-        except BlockingIOError: return select.select([self.requests[self.index]], [], [])
+        except BlockingIOError: return select.select(*wait)
         if not data: raise Gone
         self.pending += data
 
@@ -1960,18 +1961,16 @@ class file_wrapper:
         self.blksize = max(blksize, 65536 * getattr(filelike, "seekable", bool)())
         self.filelike, self.close = filelike, getattr(filelike, "close", lambda: None)
 
-    def __iter__(self):
-        return iter(lambda: self.filelike.read(self.blksize) or b"", b"")
+    def __iter__(self): return iter(lambda: self.filelike.read(self.blksize) or b"", b"")
 
 def list_files(list_fd, told, names=()):
     """With --reload: lists the files of all modules, and `names`, each once."""
     modules = list(sys.modules.values())  # __dict__ below: a module's __getattr__ must not run
     names = [*names, *(getattr(module, "__dict__", {}).get("__file__") for module in modules)]
     try:
-        for name in names:
-            if isinstance(name, str) and name not in told:
-                told.add(name)
-                os.write(list_fd, os.fsencode(name) + b"\0")
+        for name in filter(lambda name: isinstance(name, str) and name not in told, names):
+            told.add(name)
+            os.write(list_fd, os.fsencode(name) + b"\0")
     except OSError: report()
 
 def report():
@@ -1990,9 +1989,9 @@ def reopen(path):
     except OSError: report()
 
 def main(name, paths, software, several, files, count, *fds):
-    faulthandler.enable()  # SIGABRT and crashes print the stacks of all threads
+    faulthandler.enable(2)  # SIGABRT and crashes print the stacks of all threads
     for file in sys.stdout, sys.stderr:  # -u would tear lines apart and mix them with others'
-        file.reconfigure(line_buffering=True, write_through=False)
+        getattr(file, "reconfigure", dict)(line_buffering=True, write_through=False)
         file.write, file.flush = forgiving(file.write), forgiving(file.flush)
     most = os.sysconf("SC_OPEN_MAX")
     high = min(1020 - len(fds), most // 2, most - 2 * len(fds))  # below FD_SETSIZE: for select()
@@ -2002,17 +2001,18 @@ def main(name, paths, software, several, files, count, *fds):
         os.close(int(fd))
         return moved
     def cut_off():  # a child of the application must not use the bridge
+        for number in filter(lambda n: getsignal(n) is stay, ours): signal(number, SIG_DFL)
+        unblock()
         Slot.failures = Exception
         with open(os.devnull, "r+b", 0) as null:
             for fd in pipes: os.dup2(null.fileno(), fd, False)
     pipes = [raise_fd(fd) for fd in fds]
     stay, masks, names, threads = lambda *_: None, {}, [], []
-    def block(): masks[_thread.get_ident()] = pthread_sigmask(SIG_BLOCK, [SIGTERM])
+    ours = SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGTTIN  # perhaps sent to all; the worker ends us
+    def block(): masks[_thread.get_ident()] = pthread_sigmask(SIG_BLOCK, ours)
     def unblock(): pthread_sigmask(SIG_SETMASK, masks.pop(_thread.get_ident()))
-    signal(SIGTERM, stay), siginterrupt(SIGTERM, False)  # perhaps sent to all: the worker ends us
-    os.register_at_fork(before=block, after_in_parent=unblock)
-    for hook in lambda: getsignal(SIGTERM) is stay and signal(SIGTERM, SIG_DFL), unblock, cut_off:
-        os.register_at_fork(after_in_child=hook)
+    for number in ours: signal(number, stay), siginterrupt(number, False)
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=cut_off)
     sys.path[:sys.path[0] == ""] = [os.getcwd()]  # "" would follow os.chdir()
     sys.path[:0] = [os.path.abspath(path) for path in paths.split(",") if path]
     try:  # MODULE, MODULE:OBJ.ATTR or MODULE:FACTORY(...), as in gunicorn
@@ -2733,7 +2733,8 @@ private:
                 return c.silent && stop_ == Stop::Drain ? std::max(c.accepted, stopped_) + 1s
                                                         : c.accepted + config_.header_timeout;
             case State::ReadBody: return patience(c.since);
-            case State::Ready: return patience(std::max(c.started, thawed_));
+            case State::Ready:  // a little later than a hung request before it, which sets served_
+                return patience(std::max({c.started, thawed_, served_}) + 2 * kTick);
             case State::Reply:  // even with -t 0, lest those who read nothing fill the worker
                 return c.since + std::max<Clock::duration>(config_.timeout, kSendSilence);
             case State::Linger: return std::min(c.since + kLingerSilence, c.started + kLingerTotal);
@@ -3384,6 +3385,7 @@ private:
     void end_job(Slot& slot, bool good) {
         if (slot.runner->phase == Phase::Booting) { return runner_ready(*slot.runner); }
         slot.answered = true;
+        served_ = now_;
         if (slot.runner->left > 0) { failures_ = 0; }  // else they are those of its successors
         const auto took = std::max<Clock::duration>(now_ - slot.since, 1us);
         slot.mean += (took - slot.mean) / 8;  // one quick request among slow ones proves nothing
@@ -3474,6 +3476,7 @@ private:
         log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(runner.pid) + "): no answer for " +
                                  to_string(config_.timeout) +
                                  " s: " + escape(slot.jobs.front().request));
+        served_ = now_;
         restart_at_ = std::min(restart_at_, now_ + 1s);  // even after many failures in a row
         if (runner.signal == 0 && std::exchange(runner.phase, Phase::Hung) != Phase::Hung) {
             kill_runner_after(runner,
@@ -3512,7 +3515,7 @@ private:
         std::list<Runner> gone;
         gone.splice(gone.begin(), runners_, found);
         if (WIFSIGNALED(status)) { ::kill(-runner.pid, SIGKILL); }
-        if (runner.busy() || runner.left <= 0) { failures_ = 0; }  // it did serve
+        if (runner.busy() || runner.left <= 0) { failures_ = 0, served_ = now_; }
         std::vector<Connection*> clients;
         string lines;
         for (const Slot& slot : runner.slots) {
@@ -3575,6 +3578,8 @@ private:
     }
 
     Error boot_runner() {
+        char here[PATH_MAX];  // if ours was removed, there may be another in its place
+        if (::realpath(".", here) == nullptr) { (void)!::chdir(config_.chdir.c_str()); }
         Runner& runner = runners_.emplace_back();
         if (Error error = start_runner(config_, runner)) {
             runners_.pop_back();
@@ -3610,6 +3615,7 @@ private:
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, yield_again_ = now_, restart_at_ = now_, hot_until_ = now_;
     Time last_begin_ = now_;          // when a request last went to a runner
+    Time served_ = now_;              // when a runner was last done with one, or failed over it
     bool client_waits_ = false;       // a client came while all slots were busy
     Time next_look_ = now_;           // when to see if it still waits; else when to look for others
     Time stopped_{}, thawed_{};       // when we were told to stop; when we went on after SIGSTOP

@@ -5930,6 +5930,28 @@ def trickle(environ, start_response):  # never silent for long: it is not hung
     CHECK(!contains(server.log(), "WORKER TIMEOUT"));
 }
 
+TEST_CASE("a request waits for longer than the timeout while runners are done with others") {
+    const Server server(kTools + R"py(
+def slow(environ, start_response):
+    time.sleep(0.7)
+    return reply(start_response, "slow")
+
+def hang(environ, start_response):
+    mark("at_hang")
+    time.sleep(60)
+)py",
+                        {"-w", "1", "-t", "2"});
+    vector<Client> burst = hold(server, 5, get_bytes("/slow"));
+    for (Client& each : burst) { CHECK(Reply(each.read_all()).status == 200); }
+    Client hung(server);
+    hung.send(get_bytes("/hang"));
+    REQUIRE(wait_file(server, "at_hang"));
+    Client behind(server);
+    behind.send(get_bytes("/hello"));
+    CHECK(Reply(hung.read_all()).status == 504);
+    CHECK(Reply(behind.read_all()).status == 200);
+}
+
 TEST_CASE("a runner that ends over a request is replaced at once, however often one does") {
     const Server server(kTools, {"-w", "1"});
     const Time start = Clock::now();
@@ -6632,7 +6654,7 @@ def plain(environ, start_response):
         old = signal.signal(number, lambda n, frame: got.append(n))
         os.kill(os.getpid(), number)
         signal.signal(number, old)
-        assert old == signal.SIG_DFL or number == signal.SIGTERM, (number, old)
+        assert (old == signal.SIG_DFL) == (number == signal.SIGCHLD), (number, old)
     assert got == [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD], got
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -6776,6 +6798,44 @@ TEST_CASE("in the application signals, children, threads and files are as in pla
     CHECK(wait_file(server, "in_background"));
 }
 
+TEST_CASE("where something else stands for stdout and stderr before Python runs the application") {
+    const TempDir dir;
+    for (const char* source :
+         {"import codecs, sys\nsys.stdout = codecs.getwriter('utf-8')(sys.stdout.buffer)\n"
+          "sys.stderr = codecs.getwriter('utf-8')(sys.stderr.buffer)\n",
+          "import sys\nclass Tee:\n    def __init__(self, file): self.file = file\n"
+          "    def write(self, text): return self.file.write(text)\n"
+          "    def flush(self): self.file.flush()\n"
+          "sys.stdout, sys.stderr = Tee(sys.stdout), Tee(sys.stderr)\n"}) {
+        CAPTURE(source);
+        write_file(dir.path + "/sitecustomize.py", source);
+        const Server server("print('to stdout', flush=True)\n" + string(kHello), {"-w", "1"},
+                            {"PYTHONPATH=" + dir.path});
+        CHECK(get(server).body == "hello\n");
+        CHECK(server.log_has("to stdout"));
+    }
+}
+
+TEST_CASE("an idle runner waits in select(), where the application has put another in its place") {
+    const Server server(kTools + R"py(
+import select
+plain, waits = select.select, 0
+
+def cooperative(reads, writes, excepts, timeout=None):  # as gevent's, which runs greenlets meanwhile
+    global waits
+    waits += timeout is None
+    return plain(reads, writes, excepts, timeout)
+select.select = cooperative
+
+def waited(environ, start_response):
+    return reply(start_response, waits)
+)py",
+                        {"-w", "1"});
+    get(server, "/waited");
+    CHECK(std::stoi(get(server, "/waited").body) > 0);
+    CHECK(request(server.port(), post_bytes("/hello", string(200000, 'x'), false)).body == "hello");
+}
+
 TEST_CASE("what is printed or read while Python starts has nothing to do with the bridge") {
     const TempDir dir;
     write_file(dir.path + "/sitecustomize.py",
@@ -6852,6 +6912,37 @@ def own(environ, start_response):
     CHECK(Reply(client.read_all()).body == "through");
     CHECK(server.wait_end());
     CHECK(server.exit_code() == 0);
+}
+
+TEST_CASE("signals for the arbiter spare the runner; what it forks or execs has the defaults") {
+    const Server server(kTools + R"py(
+def child(environ, start_response):
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(20)
+        os._exit(0)
+    os.kill(pid, signal.SIGUSR1)
+    execed = subprocess.call(["sleep", "20"], preexec_fn=lambda: signal.alarm(1))
+    number = subprocess.call(["sh", "-c", "kill -HUP $$"])
+    return reply(start_response, (os.waitpid(pid, 0)[1], execed, number))
+)py",
+                        {"-w", "1"});
+    const vector<pid_t> runners = server.runners();
+    REQUIRE(runners.size() == 1);
+    Client client(server);
+    client.send(get_bytes("/gate"));
+    REQUIRE(wait_file(server, "at_gate"));
+    const auto send_all = [&] {
+        for (const int number : {SIGHUP, SIGUSR1, SIGUSR2, SIGTTIN, SIGTTOU, SIGWINCH}) {
+            ::kill(runners[0], number);
+        }
+    };
+    send_all();
+    open_gate(server);
+    CHECK(Reply(client.read_all()).body == "through");
+    send_all();
+    CHECK(get(server, "/child").body == "(10, -14, -1)");
+    CHECK(server.runners() == runners);
 }
 
 TEST_CASE("wsgi.multiprocess tells whether there are several workers") {
@@ -9675,6 +9766,22 @@ def sees(environ, start_response):
     CHECK(server.wait_end());
     CHECK(get(server, "/sees").body == "4");
     CHECK(ends_by_term(heir));
+}
+
+TEST_CASE("a runner that starts where its directory has been replaced starts in the new one") {
+    const TempDir dir;
+    const string site = dir.path + "/site";
+    const auto deploy = [&](const string& version) {
+        output_of("rm -rf " + site + "; mkdir " + site);
+        write_file(site + "/app.py", kTools + "\ndef version(environ, start_response):\n" +
+                                         "    return reply(start_response, '" + version + "')\n");
+    };
+    deploy("old");
+    const Server server("", {"-w", "1", "--chdir", site});
+    CHECK(get(server, "/version").body == "old");
+    deploy("new");
+    CHECK(get(server, "/leave").status == 502);
+    CHECK(get(server, "/version", 3s).body == "new");
 }
 
 TEST_CASE("a relative --worker-tmp-dir is looked for below --chdir at each reload") {
