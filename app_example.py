@@ -64,7 +64,7 @@ const runners = () => Object.values(tree).flat();
 const since = (start) => ((performance.now() - start) / 1000).toFixed(2) + " s";
 
 async function ask(query = "") {
-  const response = await fetch("whoami" + query);
+  const response = await fetch("whoami" + query, {cache: "no-store"});  // else one at a time
   if (!response.ok) { throw new Error("status " + response.status); }
   const who = last = await response.json();
   // Without /proc, the tree grows from what the answers say of themselves.
@@ -240,8 +240,8 @@ EXPERIMENTS = {
     "stream": """yields a line every 0.2 seconds. What an application yields goes to the client at
         once.""",
     "error": "raises an exception: 500, and the error log has the traceback.",
-    "crash": """ends the interpreter by a segmentation fault: 502, and a new runner. No other client
-        notices, unless <code>--threads</code> gave the same runner his request, too.""",
+    "crash": """ends the interpreter with a segmentation fault: 502, and a new runner. No other
+        client notices, unless <code>--threads</code> gave the same runner its request, too.""",
     "hang": """sleeps for %d seconds. An application that says nothing for <code>--timeout</code>
         seconds, 30 unless set, is ended by the server: 504, a new runner, and the error log tells
         where it hung. <code>./server -t 5</code> is for the impatient. Send some requests
@@ -250,7 +250,8 @@ EXPERIMENTS = {
         <code>--max-requests N</code> a runner is replaced after N requests, and the memory is free
         again.""",
     "upload": """counts and hashes its body. The server takes all of it before the application is
-        called: who sends slowly keeps no runner busy. Without a file, 32 MiB of zeros are sent.</p>
+        called: a client that sends slowly keeps no runner busy. Without a file, 32 MiB of zeros are
+        sent.</p>
         <p><label>File: <input type="file" id="file"></label>
         <label>Sent: <progress id="progress" max="1" value="0"></progress></label>"""}
 

@@ -4014,7 +4014,9 @@ Error apply(Config& config) {
     if (Error error = resolve_user(config)) { return error; }
     {  // workers keep large bodies there
         const AsUser user(config, config.uid != ::geteuid());
-        if (Error error = make_temp_file(spool_dir, probe)) { return error; }
+        if (Error error = make_temp_file(spool_dir, probe)) {
+            return {1, error.text + ": set $TMPDIR"};
+        }
     }
     if (Error error = check_pidfile(config)) { return error; }
     if (config.errorlog.empty()) { config.errorlog = "-"; }
