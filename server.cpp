@@ -2001,8 +2001,6 @@ def main(name, paths, software, several, files, count, *fds):
         os.close(int(fd))
         return moved
     def cut_off():  # a child of the application must not use the bridge
-        for number in filter(lambda n: getsignal(n) is stay, ours): signal(number, SIG_DFL)
-        unblock()
         Slot.failures = Exception
         with open(os.devnull, "r+b", 0) as null:
             for fd in pipes: os.dup2(null.fileno(), fd, False)
@@ -2011,8 +2009,10 @@ def main(name, paths, software, several, files, count, *fds):
     ours = SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGTTIN  # perhaps sent to all; the worker ends us
     def block(): masks[_thread.get_ident()] = pthread_sigmask(SIG_BLOCK, ours)
     def unblock(): pthread_sigmask(SIG_SETMASK, masks.pop(_thread.get_ident()))
+    def restore(): [signal(number, SIG_DFL) for number in ours if getsignal(number) is stay]
     for number in ours: signal(number, stay), siginterrupt(number, False)
-    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=cut_off)
+    os.register_at_fork(before=block, after_in_parent=unblock)
+    for hook in restore, unblock, cut_off: os.register_at_fork(after_in_child=hook)  # each alone
     sys.path[:sys.path[0] == ""] = [os.getcwd()]  # "" would follow os.chdir()
     sys.path[:0] = [os.path.abspath(path) for path in paths.split(",") if path]
     try:  # MODULE, MODULE:OBJ.ATTR or MODULE:FACTORY(...), as in gunicorn
@@ -2733,8 +2733,7 @@ private:
                 return c.silent && stop_ == Stop::Drain ? std::max(c.accepted, stopped_) + 1s
                                                         : c.accepted + config_.header_timeout;
             case State::ReadBody: return patience(c.since);
-            case State::Ready:  // a little later than a hung request before it, which sets served_
-                return patience(std::max({c.started, thawed_, served_}) + 2 * kTick);
+            case State::Ready: return patience(std::max(c.started, thawed_));
             case State::Reply:  // even with -t 0, lest those who read nothing fill the worker
                 return c.since + std::max<Clock::duration>(config_.timeout, kSendSilence);
             case State::Linger: return std::min(c.since + kLingerSilence, c.started + kLingerTotal);
@@ -3385,7 +3384,6 @@ private:
     void end_job(Slot& slot, bool good) {
         if (slot.runner->phase == Phase::Booting) { return runner_ready(*slot.runner); }
         slot.answered = true;
-        served_ = now_;
         if (slot.runner->left > 0) { failures_ = 0; }  // else they are those of its successors
         const auto took = std::max<Clock::duration>(now_ - slot.since, 1us);
         slot.mean += (took - slot.mean) / 8;  // one quick request among slow ones proves nothing
@@ -3476,7 +3474,6 @@ private:
         log(Level::Critical, "WORKER TIMEOUT (pid:" + to_string(runner.pid) + "): no answer for " +
                                  to_string(config_.timeout) +
                                  " s: " + escape(slot.jobs.front().request));
-        served_ = now_;
         restart_at_ = std::min(restart_at_, now_ + 1s);  // even after many failures in a row
         if (runner.signal == 0 && std::exchange(runner.phase, Phase::Hung) != Phase::Hung) {
             kill_runner_after(runner,
@@ -3515,7 +3512,7 @@ private:
         std::list<Runner> gone;
         gone.splice(gone.begin(), runners_, found);
         if (WIFSIGNALED(status)) { ::kill(-runner.pid, SIGKILL); }
-        if (runner.busy() || runner.left <= 0) { failures_ = 0, served_ = now_; }
+        if (runner.busy() || runner.left <= 0) { failures_ = 0; }  // it did serve
         std::vector<Connection*> clients;
         string lines;
         for (const Slot& slot : runner.slots) {
@@ -3615,7 +3612,6 @@ private:
     Time now_ = Clock::now(), next_tick_ = now_, next_notify_ = now_, accept_again_ = now_;
     Time queue_again_ = now_, yield_again_ = now_, restart_at_ = now_, hot_until_ = now_;
     Time last_begin_ = now_;          // when a request last went to a runner
-    Time served_ = now_;              // when a runner was last done with one, or failed over it
     bool client_waits_ = false;       // a client came while all slots were busy
     Time next_look_ = now_;           // when to see if it still waits; else when to look for others
     Time stopped_{}, thawed_{};       // when we were told to stop; when we went on after SIGSTOP

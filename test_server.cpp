@@ -5930,28 +5930,6 @@ def trickle(environ, start_response):  # never silent for long: it is not hung
     CHECK(!contains(server.log(), "WORKER TIMEOUT"));
 }
 
-TEST_CASE("a request waits for longer than the timeout while runners are done with others") {
-    const Server server(kTools + R"py(
-def slow(environ, start_response):
-    time.sleep(0.7)
-    return reply(start_response, "slow")
-
-def hang(environ, start_response):
-    mark("at_hang")
-    time.sleep(60)
-)py",
-                        {"-w", "1", "-t", "2"});
-    vector<Client> burst = hold(server, 5, get_bytes("/slow"));
-    for (Client& each : burst) { CHECK(Reply(each.read_all()).status == 200); }
-    Client hung(server);
-    hung.send(get_bytes("/hang"));
-    REQUIRE(wait_file(server, "at_hang"));
-    Client behind(server);
-    behind.send(get_bytes("/hello"));
-    CHECK(Reply(hung.read_all()).status == 504);
-    CHECK(Reply(behind.read_all()).status == 200);
-}
-
 TEST_CASE("a runner that ends over a request is replaced at once, however often one does") {
     const Server server(kTools, {"-w", "1"});
     const Time start = Clock::now();
@@ -6922,9 +6900,18 @@ def child(environ, start_response):
         time.sleep(20)
         os._exit(0)
     os.kill(pid, signal.SIGUSR1)
-    execed = subprocess.call(["sleep", "20"], preexec_fn=lambda: signal.alarm(1))
-    number = subprocess.call(["sh", "-c", "kill -HUP $$"])
-    return reply(start_response, (os.waitpid(pid, 0)[1], execed, number))
+    statuses = [os.waitpid(pid, 0)[1]]
+    for name in "HUP", "USR2":
+        for hook in None, bool:
+            statuses.append(subprocess.call(["sh", "-c", f"kill -{name} $$"], preexec_fn=hook))
+    return reply(start_response, statuses)
+
+def thread(environ, start_response):
+    out = []
+    made = threading.Thread(target=lambda: out.extend(child(environ, start_response)))
+    made.start()
+    made.join()
+    return out
 )py",
                         {"-w", "1"});
     const vector<pid_t> runners = server.runners();
@@ -6941,7 +6928,8 @@ def child(environ, start_response):
     open_gate(server);
     CHECK(Reply(client.read_all()).body == "through");
     send_all();
-    CHECK(get(server, "/child").body == "(10, -14, -1)");
+    CHECK(get(server, "/child").body == "[10, -1, -1, -12, -12]");
+    CHECK(get(server, "/thread").body == "[10, -1, -1, -12, -12]");
     CHECK(server.runners() == runners);
 }
 
