@@ -3809,7 +3809,8 @@ private:
             const int64_t ctime = nanoseconds(info.st_ctim);
             if (std::exchange(worker.last_update, ctime) != ctime) { worker.last_change = now_; }
             const mode_t wishes = info.st_mode & 0174;
-            if (std::exchange(worker.wishes, wishes) != wishes) {
+            const bool wish = std::exchange(worker.wishes, wishes) != wishes;
+            if (wish && worker.generation >= generation_) {
                 reload_at_ = std::min(reload_at_, now_ + kGather);
             }
             if (worker.booted || (info.st_mode & 2) == 0) { continue; }
@@ -3818,6 +3819,7 @@ private:
             if (config_.check_config) { halt(SIGUSR2); }
             if (worker.generation <= generation_) { continue; }
             generation_ = worker.generation, spawn_again_ = now_, failures_ = 0;
+            if (worker.wishes == 0) { reload_at_ = Time::max(); }  // others' are fulfilled
             if (next_directory_) { directory_ = std::move(next_directory_); }
             for (const WorkerInfo& each : workers_) {  // leave the ready queue to the new ones
                 if (each.generation < 0) { ::kill(each.pid, SIGWINCH); }

@@ -10310,6 +10310,34 @@ def versions(environ, start_response):
     CHECK(becomes("4 2 -"));
 }
 
+TEST_CASE("with --reload a worker that sees a change late does not ask for another reload") {
+    const string app = kTools + R"py(
+sys.dont_write_bytecode = True
+import module
+while os.path.exists("wait"): time.sleep(0.01)
+def version(environ, start_response): return reply(start_response, module.version)
+)py";
+    const TempDir dir;
+    write_file(dir.path + "/module.py", "version = '1'\n");
+    Server server(app, {"--reload", "--pythonpath", dir.path});
+    REQUIRE(server.wait_ready_workers(2));
+    CHECK(get(server, "/version").body == "1");
+    const auto wishes = [&] { return count(server.log(), "Worker reloading"); };
+    const vector<pid_t> old = server.workers();
+    ::kill(old.at(1), SIGSTOP);
+    write_file(server.dir.path + "/wait", "");
+    write_file(dir.path + "/module.py", "version = '22'\n");
+    CHECK(server.log_has("Hang up: Master"));
+    CHECK(wait_for([&] { return server.workers().size() == 3; }));
+    ::kill(old.at(1), SIGCONT);
+    CHECK(wait_for([&] { return wishes() == 2; }));
+    ::unlink((server.dir.path + "/wait").c_str());
+    CHECK(wait_for([&] { return get(server, "/version").body == "22"; }));
+    CHECK(wait_for([&] { return server.workers().size() == 2; }));
+    ::poll(nullptr, 0, 2000);
+    CHECK(count(server.log(), "Hang up: Master") == 1);
+}
+
 TEST_CASE("with --reload a file that the application has loaded is listed once") {
     const Server server(kTools, {"-w", "1", "--reload"});
     const string list = "find -L /proc/" + to_string(server.workers()[0]) +
