@@ -3397,10 +3397,13 @@ TEST_CASE("EOF is a half-close, a reset is a client that has gone, more is read 
     write_file(server.dir.path + "/go", "");
     CHECK_FALSE(free.readable(100ms));
     REQUIRE(::kill(server.workers().at(0), SIGCONT) == 0);
+    CHECK(server.access_has("GET /free HTTP/1.1\" 200 "));
+    ::poll(nullptr, 0, 50);  // so that a reset, if there is one, has come before we read
     const Reply answer(free.read_all());
     CHECK(answer.status == 200);
     CHECK(answer.whole);
     CHECK_FALSE(free.was_reset);
+    CHECK(free.send("x"));  // after a reset this would fail, even where the FIN was read first
 
     ::unlink((server.dir.path + "/go").c_str());
     Client gone(server);
