@@ -8085,8 +8085,10 @@ TEST_CASE("a full disk: uploads get 507, downloads their whole response, nothing
 def down(environ, start_response):
     start_response("200 OK", [("Content-Length", str(30 << 20))])
     for i in range(30):
+        mark("at_%d" % i)
         yield bytes([i]) * (1 << 20)
-)py");
+)py",
+                  {"-t", "2"});
     REQUIRE(server.wait_ready_workers(2));
     const vector<pid_t> before = server.workers();
     Client upload(server);
@@ -8098,6 +8100,9 @@ def down(environ, start_response):
     Client reader(server);
     reader.send(get_bytes("/down"));
     CHECK(answered(server, 10) == 10);
+    REQUIRE(wait_file(server, "at_0"));
+    ::poll(nullptr, 0, 2500);  // longer than --timeout: it is the client that is slow
+    CHECK_FALSE(exists(server.dir.path + "/at_9"));  // the application waits, too
     const Reply reply(reader.read_all());
     CHECK(reply.whole);
     bool same = reply.body.size() == 30 << 20;
