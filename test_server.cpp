@@ -7703,18 +7703,20 @@ def stream(environ, start_response):
                    [("Content-Length", "5")] if query == "200+long" else [])
     try:
         while True:
-            time.sleep(0.01)
-            yield b"more"
+            yield b"longer"
+            if query == "200+long": wait("read")  # what the client reads needs no more from here
     finally:
         mark("left")
 )py",
                         {"-w", "1", "-t", "3"});
-    const string targets[] = {"HEAD /stream", "GET /stream?304+x", "GET /stream?200+long"};
+    const string targets[] = {"GET /stream?200+long", "HEAD /stream", "GET /stream?304+x"};
     int left = 0;
     for (const string& target : targets) {
         CAPTURE(target);
         const Reply reply = request(server.port(), target + " HTTP/1.1\r\nHost: x\r\n\r\n");
         CHECK((reply.status == 200 || reply.status == 304));
+        CHECK(reply.whole);
+        write_file(server.dir.path + "/read", "");
         CHECK(wait_file(server, "left", static_cast<size_t>(++left)));
         CHECK(get(server, "/hello").body == "hello");
     }
