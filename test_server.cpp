@@ -10320,32 +10320,56 @@ def versions(environ, start_response):
     CHECK(becomes("4 2 -"));
 }
 
-TEST_CASE("with --reload a worker that sees a change late does not ask for another reload") {
+TEST_CASE("with --reload changes that the new workers have seen are no second reload; others are") {
     const string app = kTools + R"py(
 sys.dont_write_bytecode = True
 import module
-while os.path.exists("wait"): time.sleep(0.01)
+while os.path.exists("wait"):
+    mark("loading")
+    time.sleep(0.01)
 def version(environ, start_response): return reply(start_response, module.version)
 )py";
-    const TempDir dir;
-    write_file(dir.path + "/module.py", "version = '1'\n");
-    Server server(app, {"--reload", "--pythonpath", dir.path});
-    REQUIRE(server.wait_ready_workers(2));
-    CHECK(get(server, "/version").body == "1");
-    const auto wishes = [&] { return count(server.log(), "Worker reloading"); };
-    const vector<pid_t> old = server.workers();
-    ::kill(old.at(1), SIGSTOP);
-    write_file(server.dir.path + "/wait", "");
-    write_file(dir.path + "/module.py", "version = '22'\n");
-    CHECK(server.log_has("Hang up: Master"));
-    CHECK(wait_for([&] { return server.workers().size() == 3; }));
-    ::kill(old.at(1), SIGCONT);
-    CHECK(wait_for([&] { return wishes() == 2; }));
-    ::unlink((server.dir.path + "/wait").c_str());
-    CHECK(wait_for([&] { return get(server, "/version").body == "22"; }));
-    CHECK(wait_for([&] { return server.workers().size() == 2; }));
-    ::poll(nullptr, 0, 2000);
-    CHECK(count(server.log(), "Hang up: Master") == 1);
+    for (const bool late : {false, true}) {  // a worker sees it while the canary boots, or later
+        CAPTURE(late);
+        const TempDir dir;
+        const string wait = "/wait", extra = dir.path + "/extra";
+        write_file(dir.path + "/module.py", "version = '1'\n");
+        write_file(extra, "");
+        Server server(app, {"--reload", "--reload-extra-file", extra, "--pythonpath", dir.path});
+        REQUIRE(server.wait_ready_workers(2));
+        CHECK(get(server, "/version").body == "1");
+        const auto hups = [&] { return count(server.log(), "Hang up: Master"); };
+        const auto wishes = [&] { return count(server.log(), "Worker reloading"); };
+        const vector<pid_t> old = server.workers();
+        ::kill(old.at(1), SIGSTOP);
+        write_file(server.dir.path + wait, "");
+        write_file(dir.path + "/module.py", "version = '22'\n");
+        CHECK(wait_for([&] { return hups() == 1; }));
+        CHECK(wait_for([&] { return server.workers().size() == 3; }));
+        const auto resume = [&] {
+            ::kill(old.at(1), SIGCONT);
+            CHECK(wait_for([&] { return wishes() == 2; }));
+        };
+        if (!late) { resume(); }
+        ::unlink((server.dir.path + wait).c_str());
+        CHECK(wait_for([&] { return !alive(old.at(0)); }));
+        if (late) { resume(); }
+        CHECK(wait_for([&] { return server.workers().size() == 2; }));
+        CHECK(get(server, "/version").body == "22");
+        ::poll(nullptr, 0, 1500);
+        CHECK(hups() == 1);
+        if (late) { continue; }
+        for (const pid_t each : server.workers()) { ::kill(each, SIGSTOP); }
+        ::unlink((server.dir.path + "/loading").c_str());
+        write_file(server.dir.path + wait, "");
+        server.signal(SIGHUP);
+        CHECK(wait_file(server, "loading"));
+        write_file(extra, "3");
+        CHECK(wait_for([&] { return wishes() == 3; }));  // of the canary
+        ::unlink((server.dir.path + wait).c_str());
+        CHECK(wait_for([&] { return hups() == 3; }));
+        for (const pid_t each : server.workers()) { ::kill(each, SIGCONT); }
+    }
 }
 
 TEST_CASE("with --reload a file that the application has loaded is listed once") {
