@@ -8198,6 +8198,11 @@ TEST_CASE("descriptors that the server inherited are none for its clients") {
     CHECK_MESSAGE(contains(crowded.log(), "Error: too many descriptors are open"), crowded.log());
 }
 
+TEST_CASE("a soft limit of too few descriptors for a runner is raised") {
+    const Limit descriptors(RLIMIT_NOFILE, 8, 4096);
+    CHECK(get(Server(kTools, {"-w", "1"}), "/hello").body == "hello");
+}
+
 TEST_CASE("a worker without a descriptor for one more client lets one go, or else rests") {
     const Server server(kTools, {"-w", "1"});
     const pid_t worker = server.workers()[0];
