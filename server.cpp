@@ -3800,8 +3800,8 @@ private:
     }
 
     /// Reads from the heartbeat files which workers live, are ready, or want a reload. A canary
-    /// that is ready makes its generation the serving one. A ctime is compared with nothing but the
-    /// one before, so that setting the wall clock kills no worker.
+    /// that is ready makes its generation the serving one, and fulfils what older ones wished. A
+    /// ctime is compared with the one before only, so that setting the clock kills no worker.
     void read_heartbeats() {
         for (WorkerInfo& worker : workers_) {
             struct stat info = {};
@@ -3819,7 +3819,7 @@ private:
             if (config_.check_config) { halt(SIGUSR2); }
             if (worker.generation <= generation_) { continue; }
             generation_ = worker.generation, spawn_again_ = now_, failures_ = 0;
-            if (worker.wishes == 0) { reload_at_ = Time::max(); }  // others' are fulfilled
+            if (worker.wishes == 0) { reload_at_ = Time::max(); }
             if (next_directory_) { directory_ = std::move(next_directory_); }
             for (const WorkerInfo& each : workers_) {  // leave the ready queue to the new ones
                 if (each.generation < 0) { ::kill(each.pid, SIGWINCH); }
