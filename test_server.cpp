@@ -3457,6 +3457,19 @@ TEST_CASE("pipelined bytes are read and dropped") {
     CHECK_FALSE(contains(server.log(), "app saw '/second'"));
 }
 
+TEST_CASE("who has sent more and half-closed is not waited for once the response has gone") {
+    Server server(kWaiting, {"-w", "1"});
+    Client client(server);
+    client.send(http("GET /first") + http("GET /second"));
+    client.half_close();
+    REQUIRE(server.log_has("app runs /first"));
+    CHECK_FALSE(client.readable(50ms));  // it is known by then that no more will come
+    write_file(server.dir.path + "/go", "");
+    CHECK(Reply(client.read_all()).whole);
+    server.signal(SIGTERM);
+    CHECK(server.wait_end(3s));  // who lingers may be silent for 5 s
+}
+
 TEST_CASE("bytes that come while a response ends do not cost the client that response") {
     const Server server(kHello, {"-w", "1"});
     Random random;
