@@ -2464,7 +2464,7 @@ private:
 
     void reopen_logs() {
         if (Error error = open_logs(config_)) {
-            const bool denied = errno == EACCES && stop_ == Stop::No;  // to --user, not to root
+            const bool denied = errno == EACCES;  // to --user, not to root
             log(Level::Error, error.text + (denied ? ": new workers inherit it" : ""));
             if (denied) { ask_reload(); }
             return;
