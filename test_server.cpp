@@ -5224,6 +5224,32 @@ TEST_CASE("a graceful stop takes no longer than the graceful timeout") {
     CHECK(server.exit_code() == 0);
 }
 
+TEST_CASE("a worker that cannot stop is killed, and the log says by whom") {
+    Server server(kTools, {"-w", "1"});
+    const pid_t worker = server.workers().at(0);
+    freeze(worker);
+    server.signal(SIGINT);
+    CHECK(server.wait_end());
+    CHECK(contains(server.log(), "Worker (pid:" + to_string(worker) +
+                                     ") was ended by signal 9 (Killed), sent by this server"));
+}
+
+TEST_CASE("who resizes the terminal during a graceful stop costs nobody an answer") {
+    Server server(kTools, {"-w", "1"});
+    Client runs(server);
+    runs.send(get_bytes("/gate"));
+    REQUIRE(wait_file(server, "at_gate"));
+    vector<Client> waiting = hold(server, 3, get_bytes("/hello"));  // soon in the queue
+    server.signal(SIGTERM);
+    REQUIRE(server.log_has("Handling signal: term"));
+    CHECK_FALSE(runs.readable(100ms));
+    ::kill(server.workers().at(0), SIGWINCH);  // as the whole foreground group gets it
+    open_gate(server);
+    CHECK(Reply(runs.read_all()).body == "through");
+    for (Client& each : waiting) { CHECK(Reply(each.read_all()).body == "hello"); }
+    CHECK(server.wait_end());
+}
+
 TEST_CASE("what the graceful timeout cuts off is answered, or visibly cut, and has its lines") {
     for (const int number : {SIGTERM, SIGHUP}) {
         CAPTURE(number);
