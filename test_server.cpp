@@ -5212,7 +5212,9 @@ class slow_close(list):
 
 TEST_CASE("a graceful stop takes no longer than the graceful timeout") {
     Server server(kTools, {"-w", "1", "--graceful-timeout", "1"});
-    Client client(server);
+    Client lingers(server), client(server);
+    lingers.send(get_bytes("/hello") + get_bytes("/hello"));
+    CHECK(Reply(lingers.read_all()).body == "hello");
     client.send(get_bytes("/gate"));
     REQUIRE(wait_file(server, "at_gate"));
     const Time start = Clock::now();
@@ -5222,6 +5224,7 @@ TEST_CASE("a graceful stop takes no longer than the graceful timeout") {
     CHECK(seconds_since(start) > 0.9);
     CHECK(seconds_since(start) < 2);
     CHECK(server.exit_code() == 0);
+    CHECK_FALSE(contains(server.log(), "Cut off"));  // who lingers has all of his response
 }
 
 TEST_CASE("a worker that cannot stop is killed, and the log says by whom") {
@@ -5980,6 +5983,19 @@ TEST_CASE("a runner that ends over a request is replaced at once, however often 
     CHECK(seconds_since(start) < 10);  // with a back-off they would take 30
     CHECK(server.log_has("exited with status 7: GET /leave HTTP/1.1"));
     CHECK_MESSAGE(!contains(server.log(), "The next runner starts in"), server.log());
+}
+
+TEST_CASE("a runner that has served and dies idle is followed at once, however often") {
+    const Server server(kTools, {"-w", "1"});
+    for (int i = 0; i < 3; ++i) {
+        CHECK(get(server, "/hello").body == "hello");
+        const vector<pid_t> before = server.runners();
+        ::kill(before.at(0), SIGKILL);
+        CHECK(wait_for([&] { return server.runners().size() == 1 && server.runners() != before; }));
+    }
+    CHECK(get(server, "/hello").body == "hello");
+    CHECK(count(server.log(), "was ended by signal 9") == 3);
+    CHECK_FALSE(contains(server.log(), "The next runner starts in"));
 }
 
 TEST_CASE("starts of a runner back off while they bring none that takes a request") {
