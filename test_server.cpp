@@ -10401,7 +10401,7 @@ def version(environ, start_response): return reply(start_response, module.versio
         const auto hups = [&] { return count(server.log(), "Hang up: Master"); };
         const auto wishes = [&] { return count(server.log(), "Worker reloading"); };
         const vector<pid_t> old = server.workers();
-        ::kill(old.at(1), SIGSTOP);
+        freeze(old.at(1));
         write_file(server.dir.path + wait, "");
         write_file(dir.path + "/module.py", "version = '22'\n");
         CHECK(wait_for([&] { return hups() == 1; }));
@@ -10419,7 +10419,7 @@ def version(environ, start_response): return reply(start_response, module.versio
         ::poll(nullptr, 0, 1500);
         CHECK(hups() == 1);
         if (late) { continue; }
-        for (const pid_t each : server.workers()) { ::kill(each, SIGSTOP); }
+        for (const pid_t each : server.workers()) { freeze(each); }
         ::unlink((server.dir.path + "/loading").c_str());
         write_file(server.dir.path + wait, "");
         server.signal(SIGHUP);
