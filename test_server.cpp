@@ -376,6 +376,20 @@ struct Server {
         return found;
     }
 
+    /// The first of them. Waits for it: /proc shows no environment during an execve().
+    pid_t worker() const {
+        return first([this] { return workers(); });
+    }
+    pid_t runner() const {
+        return first([this] { return runners(); });
+    }
+    template <typename List>
+    static pid_t first(List list) {
+        vector<pid_t> found;
+        REQUIRE(wait_for([&] { return !(found = list()).empty(); }));
+        return found[0];
+    }
+
     /// How many workers say by their heartbeat that they are ready: mode bit 2 of an unlinked file.
     size_t ready_workers(pid_t master = 0) const {
         size_t ready = 0;
@@ -3183,7 +3197,7 @@ def app(environ, start_response):
     expected.insert("TEST_NEW=a=b");
     expected.insert("SERVER_SOFTWARE=" + (string("server/") + kVersion));  // for web.py
     REQUIRE(server.runners().size() == 1);
-    const std::set<string> found = environment_of(server.runners()[0]);
+    const std::set<string> found = environment_of(server.runner());
     const std::set<string> shell = {"PATH", "PWD", "OLDPWD", "SHLVL", "_"};
     for (const string& pair : expected) {
         if (shell.count(pair.substr(0, pair.find('='))) == 0) {
@@ -4052,7 +4066,7 @@ TEST_CASE("every atom of the access log") {
     std::snprintf(decimal, sizeof decimal, "%.6f", static_cast<double>(us) / 1e6);
     CHECK(a.at("L") == decimal);
     REQUIRE(server.workers().size() == 1);
-    CHECK(a.at("p") == "<" + to_string(server.workers()[0]) + ">");
+    CHECK(a.at("p") == "<" + to_string(server.worker()) + ">");
     struct tm parts = {};
     const char* end = ::strptime(a.at("t").c_str(), "[%d/%b/%Y:%H:%M:%S %z]", &parts);
     REQUIRE(end != nullptr);
@@ -4153,7 +4167,7 @@ def app(environ, start_response):
                         {"-w", "1", "-t", "1"});
     REQUIRE(server.wait_ready_workers(1));
     REQUIRE(server.runners().size() == 1);
-    const pid_t runner = server.runners()[0], worker = server.workers()[0];
+    const pid_t runner = server.runner(), worker = server.worker();
     check_error_page(get(server, "/hung\"?x"), 504);
     const string text = server.log();
     const size_t at = text.find("WORKER TIMEOUT (pid:" + to_string(runner) + ")");
@@ -5103,7 +5117,7 @@ def quick(environ, start_response):
     return reply(start_response, "quick")
 )py",
                   {"-w", "1", "--worker-connections", "4"});
-    const pid_t worker = server.workers()[0];
+    const pid_t worker = server.worker();
     freeze(worker);  // it is a moment late
     vector<Client> clients;
     for (int i = 0; i < 60; ++i) {
@@ -5447,7 +5461,7 @@ TEST_CASE("workers that fail to boot back off, say so once a step, and the other
     Server server(kTools, {"-w", "2"});
     REQUIRE(server.wait_ready_workers(2));
     write_file(server.dir.path + "/app.py", "an application that does not parse\n");
-    ::kill(server.workers()[0], SIGKILL);
+    ::kill(server.worker(), SIGKILL);
     CHECK(server.log_has("was ended by signal 9"));
     CHECK(server.log_has("starts in 1 s"));
     CHECK(get(server, "/hello").status == 200);
@@ -5506,7 +5520,7 @@ if os.path.exists("slow"):
 TEST_CASE("TTIN adds a worker, TTOU ends one, but never the last") {
     Server server(kHello, {"-w", "1"});
     CHECK(server.wait_ready_workers(1));
-    const pid_t first = server.workers()[0];
+    const pid_t first = server.worker();
     server.signal(SIGTTIN);
     CHECK(server.wait_ready_workers(2));
     CHECK(server.workers().size() == 2);
@@ -5572,7 +5586,7 @@ TEST_CASE("a reload under load fails no request, and one of a broken application
 TEST_CASE("a frozen worker is replaced; a stop of the arbiter, or of all, kills nobody") {
     Server server(kHello, {"-w", "2", "-t", "2"});
     REQUIRE(server.wait_ready_workers(2));
-    const pid_t frozen = server.workers()[0];
+    const pid_t frozen = server.worker();
     const Time start = Clock::now();
     ::kill(frozen, SIGSTOP);
     CHECK(get(server).status == 200);
@@ -6134,7 +6148,7 @@ TEST_CASE("requests in the ready queue survive the death of the worker that read
         queued.back().send(body);
     }
     REQUIRE(wait_for([&] { return sockets() == before; }));
-    const pid_t worker = server.workers()[0];
+    const pid_t worker = server.worker();
     const vector<pid_t> orphans = server.children(worker);
     REQUIRE(orphans.size() == 1);
     ::kill(worker, SIGKILL);
@@ -7161,7 +7175,7 @@ TEST_CASE("a request with a large body that a runner dies over is not run again"
     Client victim(server);
     victim.send(post_bytes("/gate", string(200000, 'x'), false));
     REQUIRE(wait_file(server, "at_gate"));
-    ::kill(server.runners()[0], SIGKILL);
+    ::kill(server.runner(), SIGKILL);
     CHECK(Reply(victim.read_all()).status == 502);
     CHECK(get(server, "/hello").body == "hello");
     CHECK(read_file(server.dir.path + "/at_gate") == "x");
@@ -7220,7 +7234,7 @@ TEST_CASE("a runner that ends by itself is not said to have been ended") {
 
 TEST_CASE("a request that a dying runner has not read is the next one's") {
     Server server(kTools, {"-w", "1"});
-    const pid_t worker = server.workers()[0], runner = server.runners()[0];
+    const pid_t worker = server.worker(), runner = server.runner();
     freeze(runner);
     Client client(server);
     client.send(get_bytes("/hello"));
@@ -7539,7 +7553,7 @@ def app(environ, start_response):
     }
     Client third(server);
     third.send("GET / HTTP/1.1\r\n\r\n");
-    const pid_t worker = server.workers()[0];
+    const pid_t worker = server.worker();
     const string title = "/proc/" + to_string(worker) + "/cmdline";
     REQUIRE(wait_for([&] { return contains(read_file(title), " idle"); }));  // has both responses
     const long before = cpu_ticks(worker), second_of_ticks = ::sysconf(_SC_CLK_TCK);
@@ -7558,7 +7572,7 @@ TEST_CASE("an unread body, a half-closed client, a request in the queue cost the
     client.half_close();
     REQUIRE(wait_file(server, "at_gate"));
     waiting.send(get_bytes("/hello"));
-    const pid_t worker = server.workers()[0];
+    const pid_t worker = server.worker();
     const long before = cpu_ticks(worker);
     CHECK_FALSE(client.readable(1s));
     CHECK(cpu_ticks(worker) - before < ::sysconf(_SC_CLK_TCK) / 4);
@@ -7576,7 +7590,7 @@ def app(environ, start_response):
     return [b"x" * 8000000]
 )py",
                         {"-w", "1", "-t", "2", "--worker-connections", "2"});
-    const pid_t worker = server.workers()[0];
+    const pid_t worker = server.worker();
     Client::receive_buffer = 4096;
     vector<Client> clients;  // who do not read what they asked for
     for (int i = 0; i < 6; ++i) {
@@ -7648,7 +7662,7 @@ TEST_CASE("an idle server sleeps") {
     const auto switches = [](pid_t pid) {
         return std::atol(status_of(pid, "voluntary_ctxt_switches").c_str());
     };
-    for (const pid_t pid : {server.pid, server.workers()[0], server.runners()[0]}) {
+    for (const pid_t pid : {server.pid, server.worker(), server.runner()}) {
         const long before = switches(pid);
         REQUIRE(before > 0);
         ::poll(nullptr, 0, 1000);
@@ -7664,7 +7678,7 @@ TEST_CASE("a worker does not yield its processor for each request of several cli
     CHECK(get(server).status == 200);  // a worker with one client may
     {
         const Program strace({"strace", "-e", "trace=sched_yield", "-o", trace, "-p", worker});
-        const auto attached = [&] { return status_of(server.workers()[0], "TracerPid") != "0"; };
+        const auto attached = [&] { return status_of(server.worker(), "TracerPid") != "0"; };
         if (!wait_for(attached)) {
             MESSAGE("not run: strace cannot look at processes");
             return;
@@ -8178,7 +8192,7 @@ def stay(environ, start_response):
     return reply(start_response, "stayed")
 )py",
                   {"-w", "1"});
-    const pid_t worker = server.workers()[0];
+    const pid_t worker = server.worker();
     Client busy(server);
     busy.send(get_bytes("/gate"));
     REQUIRE(wait_file(server, "at_gate"));
@@ -8260,7 +8274,7 @@ TEST_CASE("a soft limit of too few descriptors for a runner is raised") {
 
 TEST_CASE("a worker without a descriptor for one more client lets one go, or else rests") {
     const Server server(kTools, {"-w", "1"});
-    const pid_t worker = server.workers()[0];
+    const pid_t worker = server.worker();
     const auto first_free = [worker] {
         rlim_t fd = 0;
         while (exists("/proc/" + to_string(worker) + "/fd/" + to_string(fd))) { ++fd; }
@@ -8435,8 +8449,7 @@ TEST_CASE(
 
 TEST_CASE("who stays after an error page is let go: after 5 s if silent, after 30 s if not") {
     const Server server(kHello, {"-w", "1"});
-    const string sockets =
-        "ls -l /proc/" + to_string(server.workers()[0]) + "/fd | grep -c socket:";
+    const string sockets = "ls -l /proc/" + to_string(server.worker()) + "/fd | grep -c socket:";
     Client talker(server);
     talker.send("GET / HTTP/3\r\n\r\nmore");
     CHECK(Reply(talker.read_all()).status == 505);
@@ -8673,7 +8686,7 @@ while (1) {
     CHECK(request(port, get_bytes("/")).body == "here");
     REQUIRE(::rename(errors.c_str(), old.c_str()) == 0);
     server.signal(SIGUSR1);
-    REQUIRE(wait_for([&] { return !has_open(server.workers()[0], old); }));
+    REQUIRE(wait_for([&] { return !has_open(server.worker(), old); }));
     CHECK(request(port, get_bytes("/")).body == "here");
     CHECK(server.runners() == runners);
     CHECK_FALSE(contains(read_file(errors), "[ERROR]"));
@@ -9229,7 +9242,7 @@ TEST_CASE("requests that take about a millisecond run once each in threads, too"
 
 TEST_CASE("a hung slot costs the runner; what runs in other slots has the timeout to end") {
     Server server(kThreads, {"-w", "1", "--threads", "4", "-t", "2"});
-    const pid_t runner = server.runners()[0];
+    const pid_t runner = server.runner();
     const Time start = Clock::now();
     Client hung(server), endless(server);
     hung.send(get_bytes("/hang?q=1"));
@@ -9282,7 +9295,7 @@ TEST_CASE("a hung slot alone in its runner gets its 504 and SIGABRT at once, as 
 
 TEST_CASE("kill -9 of a runner with three requests: three 502, and the log names each") {
     Server server(kThreads, {"-w", "1", "--threads", "4"});
-    const pid_t runner = server.runners()[0];
+    const pid_t runner = server.runner();
     vector<Client> three = start_stays(server, {"a", "b", "c"});
     ::kill(runner, SIGKILL);
     for (Client& client : three) { CHECK(Reply(client.read_all()).status == 502); }
@@ -9422,7 +9435,7 @@ def exits(environ, start_response):
 
 TEST_CASE("runners with threads are recycled: nothing fails, nothing waits for a long request") {
     Server server(kThreads, {"-w", "1", "--threads", "4", "--max-requests", "20"});
-    const pid_t first = server.runners()[0];
+    const pid_t first = server.runner();
     vector<Client> slow = start_stays(server, {"slow"});  // while the successor takes over
     int good = 0;
     for (const auto& each : load(server, 4, "/once?id=", [&] { return ++good < 400; })) {
@@ -10437,7 +10450,7 @@ def version(environ, start_response): return reply(start_response, module.versio
 
 TEST_CASE("with --reload a file that the application has loaded is listed once") {
     const Server server(kTools, {"-w", "1", "--reload"});
-    const string list = "find -L /proc/" + to_string(server.workers()[0]) +
+    const string list = "find -L /proc/" + to_string(server.worker()) +
                         "/fd -type f -links 0 -exec cat {} + | tr '\\0' '\\n'";
     CHECK(count(output_of(list), "/app.py") == 1);
     for (int i = 0; i < 10; ++i) { CHECK(get(server, "/hello").body == "hello"); }
@@ -10477,7 +10490,7 @@ TEST_CASE("workers that fail in a row start later and later, and the others serv
     const Server server(kTools, {"-w", "2"});
     REQUIRE(server.wait_ready_workers(2));
     write_file(server.dir.path + "/app.py", "broken = [");
-    ::kill(server.workers()[0], SIGKILL);
+    ::kill(server.worker(), SIGKILL);
     REQUIRE(server.log_has("Workers fail: the next starts in 1 s"));
     REQUIRE(server.log_has("Workers fail: the next starts in 2 s"));
     const auto more = [&] { return count(server.log(), "Booting worker with pid: ") > 4; };
@@ -10505,7 +10518,7 @@ if os.path.exists("slow"):
 )py",
                   {"-w", "1", "--max-requests", "2"});
     write_file(server.dir.path + "/slow", "");
-    const pid_t first = server.runners()[0];
+    const pid_t first = server.runner();
     for (int i = 0; i < 2; ++i) { CHECK(get(server, "/hello").body == "hello"); }
     REQUIRE(wait_file(server, "loads", 2));
     ::kill(first, SIGKILL);
@@ -10599,7 +10612,7 @@ def endless(environ, start_response):
         mark("left")
 )py",
                   {"-w", "1"});
-    const pid_t worker = server.workers()[0], runner = server.runners()[0];
+    const pid_t worker = server.worker(), runner = server.runner();
     // The worker gets both requests at once, and hands over the second ahead of time if the runner
     // has been quick. It is stopped before it takes that back, if all goes well; what the runner
     // says of the first stays in the pipe, and of the second it says nothing before its client
