@@ -734,7 +734,11 @@ void log(Level level, const string& text) {
     if (level < g_log.level) { return; }
     const string now = time_text("[%Y-%m-%d %H:%M:%S %z] [", ::localtime_r);
     const string start = now + to_string(::getpid()) + "] [" + kLevels[static_cast<int>(level)];
+    sigset_t ttou, before;  // else we would be stopped where background jobs may not print, or
+    sigemptyset(&ttou), sigaddset(&ttou, SIGTTOU);  // write() repeated for ever, as TTOU is handled
+    ::sigprocmask(SIG_BLOCK, &ttou, &before);
     (void)write_all(g_log.error_file, start + "] " + text + "\n");
+    ::sigprocmask(SIG_SETMASK, &before, nullptr);
 }
 
 /// Sets the supplementary groups: all of a --user by name, else --group alone. -1: see errno.
@@ -3496,7 +3500,7 @@ private:
         for (auto it = runners_.begin(); it != runners_.end();) {
             const auto each = it++;
             int status = 0;
-            if (::waitpid(each->pid, &status, WNOHANG) == each->pid) { bury(each, status); }
+            if (::waitpid(each->pid, &status, WNOHANG) != 0) { bury(each, status); }  // -1: gone
         }
     }
 

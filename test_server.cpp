@@ -209,6 +209,18 @@ size_t count(const string& text, const string& part) {
     return n;
 }
 
+/// What a shell command prints, without the last line break.
+string output_of(const string& command) {
+    const std::unique_ptr<FILE, int (*)(FILE*)> pipe(::popen(command.c_str(), "r"), ::pclose);
+    string text;
+    char buffer[4096];
+    while (const size_t n = std::fread(buffer, 1, sizeof buffer, pipe.get())) {
+        text.append(buffer, n);
+    }
+    while (!text.empty() && text.back() == '\n') { text.pop_back(); }
+    return text;
+}
+
 /// A fresh directory, removed with all in it at the end.
 struct TempDir {
     string path;
@@ -7394,6 +7406,26 @@ def says(environ, start_response):
     CHECK(string(said) == "said");
 }
 
+TEST_CASE("a server in the background of such a terminal says what it does, and can be stopped") {
+    const TempDir dir;
+    write_file(dir.path + "/app.py", kHello);
+    const string server = server_path() + " --chdir " + dir.path + " -b unix:" + dir.path +
+                          "/socket --python /usr/bin/python3 app:app";
+    write_file(dir.path + "/job",
+               "stty tostop; set -m; cd " + dir.path + "; " + server + " &\n" + R"sh(try=0
+until curl -s --unix-socket socket http://x/hello || [ $((try += 1)) = 100 ]; do sleep 0.05; done
+kill -TERM $!; try=0
+while kill -0 $! && [ $((try += 1)) -lt 100 ]; do sleep 0.05; done
+kill -KILL $!; wait $!; echo "status $?"
+)sh");
+    const string said = output_of("script -qec 'bash " + dir.path + "/job' /dev/null");
+    CAPTURE(said);
+    CHECK(contains(said, "Booting worker"));
+    CHECK(contains(said, "hello"));
+    CHECK(contains(said, "Handling signal: term"));
+    CHECK(contains(said, "status 0"));
+}
+
 TEST_CASE("no byte is lost where a signal interrupts the application's response") {
     Server server(kTools + R"py(
 signal.signal(signal.SIGALRM, lambda *_: None)
@@ -7670,22 +7702,40 @@ TEST_CASE("an idle server sleeps") {
     }
 }
 
+/// Follows a worker with strace, whose output goes to FILE "trace"; false: it may not.
+bool follow(const Server& server, std::optional<Program>& strace, const string& what) {
+    const string worker = to_string(server.worker()), trace = server.dir.path + "/trace";
+    strace.emplace(vector<string>{"strace", "-e", what, "-o", trace, "-p", worker});
+    if (wait_for([&] { return status_of(server.worker(), "TracerPid") != "0"; })) { return true; }
+    MESSAGE("not run: strace cannot look at processes");
+    return false;
+}
+
 TEST_CASE("a worker does not yield its processor for each request of several clients" *
           doctest::skip(!have("strace"))) {
     const Server server(kHello, {"-w", "1"});
-    const string worker = to_string(server.workers().at(0)), trace = server.dir.path + "/trace";
     Client idle(server);
     CHECK(get(server).status == 200);  // a worker with one client may
-    {
-        const Program strace({"strace", "-e", "trace=sched_yield", "-o", trace, "-p", worker});
-        const auto attached = [&] { return status_of(server.worker(), "TracerPid") != "0"; };
-        if (!wait_for(attached)) {
-            MESSAGE("not run: strace cannot look at processes");
-            return;
-        }
-        for (int i = 0; i < 100; ++i) { CHECK(get(server).status == 200); }
-    }
-    CHECK(count(read_file(trace), "sched_yield") < 50);
+    std::optional<Program> strace;
+    if (!follow(server, strace, "trace=sched_yield")) { return; }
+    for (int i = 0; i < 100; ++i) { CHECK(get(server).status == 200); }
+    strace.reset();
+    CHECK(count(read_file(server.dir.path + "/trace"), "sched_yield") < 50);
+}
+
+TEST_CASE("a runner that is nobody's child any more is followed by another" *
+          doctest::skip(!have("strace"))) {
+    Server server(kHello, {"-w", "1", "-t", "2"});
+    std::optional<Program> strace;
+    if (!follow(server, strace, "inject=wait4:error=ECHILD:when=1")) { return; }
+    const pid_t runner = server.runner();
+    ::kill(runner, SIGKILL);
+    CHECK(server.log_has("Runner (pid:" + to_string(runner) + ") "));
+    strace.reset();
+    CHECK(get(server).status == 200);
+    CHECK_FALSE(has_pid(server.runners(), runner));
+    server.signal(SIGTERM);
+    CHECK(server.wait_end());
 }
 
 TEST_CASE("an application that goes on after its client left ends in peace at a graceful stop") {
@@ -7750,18 +7800,6 @@ def app(environ, start_response):
         ::poll(nullptr, 0, 100);
     }
     CHECK(slower.read_all().size() > 12'000'000 - 25 * 4000);
-}
-
-/// What a shell command prints, without the last line break.
-string output_of(const string& command) {
-    const std::unique_ptr<FILE, int (*)(FILE*)> pipe(::popen(command.c_str(), "r"), ::pclose);
-    string text;
-    char buffer[4096];
-    while (const size_t n = std::fread(buffer, 1, sizeof buffer, pipe.get())) {
-        text.append(buffer, n);
-    }
-    while (!text.empty() && text.back() == '\n') { text.pop_back(); }
-    return text;
 }
 
 TEST_CASE("a stream that its client has whole is left: HEAD, 304, more than Content-Length") {
