@@ -973,7 +973,8 @@ Error parse_address(string_view text, Address& a) {
     if (text.empty() || (a.v6 && host.find(']') != host.size() - 1)) { return bad; }
     a.port = colon != string::npos ? text.substr(colon + 1) : "8000";
     a.host = a.v6 ? host.substr(1, host.size() - 2) : host;
-    return parse_number(a.port, number) && number <= 65535 ? Error{} : bad;
+    const bool no_host = colon == string::npos && parse_number(a.host, number);  // it is a port
+    return !no_host && parse_number(a.port, number) && number <= 65535 ? Error{} : bad;
 }
 
 struct Listener {
@@ -1874,7 +1875,6 @@ class Slot:
     def __init__(self, pipes, app):
         (*self.requests, self.replies), self.app = pipes, app
         self.index, self.pending = 0, b""  # the pipe of the present request; read, but not used
-        self.left = 0  # bytes of the body that the application has not read
 
     def write(self, parts):
         try:
@@ -1925,7 +1925,7 @@ class Slot:
         environ = base.copy()
         environ.update(zip(words, words))
         length = environ["CONTENT_LENGTH"] or environ.pop("CONTENT_LENGTH")  # where none was sent
-        self.left, response = int(length or 0), Response(self)
+        self.left, response = int(length or 0), Response(self)  # left: of the body, not read yet
         if self.left <= len(self.pending):
             environ["wsgi.input"] = io.BytesIO(self.take(self.left) if self.left else b"")
         else:
@@ -2027,7 +2027,8 @@ def main(name, paths, software, several, files, count, *fds):
     except Exception as error:
         report()
         if not files: sys.exit(4)
-        import traceback  # the worker wants a reload when one of these files changes
+        print("The application is loaded again when one of its files changes", file=sys.stderr)
+        import traceback  # the worker wants a reload when one of these does
         names = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
         names, app = [*names, getattr(error, "filename", "")], None
     if files:
@@ -2469,9 +2470,9 @@ private:
     void reopen_logs() {
         if (Error error = open_logs(config_)) {
             const bool denied = errno == EACCES;  // to --user, not to root
-            log(Level::Error, error.text + (denied ? ": new workers inherit it" : ""));
-            if (denied) { ask_reload(); }
-            return;
+            if (!denied) { return log(Level::Error, error.text); }
+            log(Level::Info, error.text + ": new workers inherit it");
+            return ask_reload();
         }
         logs_access_ = true;
         for (Runner& runner : runners_) {
@@ -2967,7 +2968,8 @@ private:
     /// Answers with an error page; or closes in silence, if the client has not sent anything.
     void refuse(Connection& c, const Error& error) {
         if (c.silent) { return set_state(c, State::Done); }
-        log_about(c, error.code < 500 ? Level::Warning : Level::Error,
+        const bool by_client = error.code < 500 || error.code == 501 || error.code == 505;
+        log_about(c, by_client ? Level::Warning : Level::Error,
                   to_string(error.code) + " to " + c.ends.peer + ": " + error.text);
         c.minor = std::max(c.minor, c.parser.request.minor);  // the head may not be complete
         c.bodyless = c.bodyless || c.parser.request_line.find("HEAD ") == 0;
@@ -3530,7 +3532,9 @@ private:
         if ((has_work() && !retired) || (status != 0 && !ours)) {
             log(Level::Error, runner.name() + exit_text(status, ours) + lines);
         }
-        for (Connection* c : clients) { end_response(*c, false, {502, "the runner died"}); }
+        const Error error =
+            stop_ == Stop::Now ? Error{503, "the server stops"} : Error{502, "the runner died"};
+        for (Connection* c : clients) { end_response(*c, false, error); }
         if (has_work() && !retired) { runner_failed(status); }
     }
 

@@ -1528,6 +1528,8 @@ TEST_CASE("an address to listen on has one of gunicorn's forms") {
         {"unix:a.sock", true, "", "", "a.sock"},
         {"unix:" + longest, true, "", "", longest},
         {"fd://3", true, "", "", "", 3},
+        {"0:80", true, "0", "80"},
+        {"8000", false},
         {"", false},
         {":", false},
         {"x:", false},
@@ -2844,6 +2846,7 @@ void check_rows(const vector<RequestRow>& rows, const vector<string>& options = 
             ++good;
         } else {
             check_error_page(reply, row.status, !head_only);
+            CHECK(server.log_has("[WARNING] " + to_string(row.status) + " to "));  // no ERROR
         }
     }
     CHECK(get(server, "/last").status == 200);
@@ -5169,6 +5172,8 @@ TEST_CASE("INT hastens a graceful stop") {
     server.signal(SIGINT);
     CHECK(server.wait_end(1500ms));
     CHECK(server.exit_code() == 0);
+    CHECK(Reply(client.read_all()).status == 503);
+    CHECK(server.log_has("503 to 127.0.0.1: the server stops: GET /gate HTTP/1.1"));
 }
 
 /// Bytes that have come for the connections to a port of this machine, and nobody has read.
@@ -8776,7 +8781,9 @@ TEST_CASE("with --user the logs move where only root can open them") {
         return contains(read_file(errors), "printed /late") &&
                contains(read_file(access), "GET /late");
     }));
-    CHECK(count(read_file(errors), "Hang up") == 1);            // both workers wanted it
+    CHECK(count(read_file(errors), "Hang up") == 1);  // both workers wanted it
+    CHECK(contains(read_file(errors + ".1"), "Permission denied: new workers inherit it"));
+    CHECK_FALSE(contains(read_file(errors + ".1"), "[ERROR]"));
     REQUIRE(::rename(sub.c_str(), (sub + ".1").c_str()) == 0);  // the other log fails, too: ENOENT
     REQUIRE(::rename(errors.c_str(), (errors + ".2").c_str()) == 0);
     server.signal(SIGUSR1);
@@ -10498,6 +10505,7 @@ TEST_CASE("with --reload a file that the application has loaded is listed once")
 TEST_CASE("with --reload an application that does not load waits until one of its files changes") {
     Server server("app = no_such_name\n", {"--reload", "-t", "1"}, {}, false);
     CHECK(server.log_has("NameError"));
+    CHECK(server.log_has("The application is loaded again when one of its files changes\n"));
     CHECK_FALSE(server.wait_end(1500ms));  // a second and more: it is no hung application
     write_file(server.dir.path + "/app.py", kHello);
     CHECK(server.wait_ready_workers(2));
