@@ -11107,10 +11107,10 @@ void check_recipe(const string& words, const string& command, bool is_init) {
     const string readme = read_file("README.md"), log = dir.path + "/log", path = dir.path + "/s";
     const size_t at = readme.find("\n", readme.find("```", readme.find("\n" + words + "\n"))) + 1;
     string text = readme.substr(at, readme.find("```", at) - at);
-    text = replaced(text, "/usr/bin/server --chdir /srv/mysite",
+    text = replaced(text, "/usr/bin/server --chdir /srv/hello",
                     server_path() + " --chdir " + dir.path);
     write_file(dir.path + "/recipe", replaced(text, "-b :8080 -u nobody", "-b unix:" + path));
-    write_file(dir.path + "/app.py", kHello + "application = app\n"s);
+    write_file(dir.path + "/hello.py", kHello);
     {
         const Program started({"sh", "-c", "cd " + dir.path + " && " + command});
         for (const size_t n : {1U, 2U}) {
@@ -11128,8 +11128,10 @@ void check_recipe(const string& words, const string& command, bool is_init) {
 }
 
 TEST_CASE("runit: the script of README.md" * doctest::skip(!have("runsv"))) {
-    check_recipe("runit, `/etc/sv/mysite/run`:",
-                 "mv recipe run && chmod +x run && exec runsv . >log 2>/dev/null", false);
+    check_recipe(
+        "runit, `/etc/sv/hello/run`, to be made executable, and `/etc/sv/hello` linked into "
+        "`/etc/service`:",
+        "mv recipe run && chmod +x run && exec runsv . >log 2>/dev/null", false);
 }
 
 // In a user namespace: an init that does not find its inittab would remount, when it halts, what
