@@ -8310,6 +8310,18 @@ TEST_CASE("descriptors that the server inherited are none for its clients") {
     CHECK_MESSAGE(contains(crowded.log(), "Error: too many descriptors are open"), crowded.log());
 }
 
+TEST_CASE("the application has the soft limit on descriptors that the server was started with") {
+    const Limit descriptors(RLIMIT_NOFILE, 300, 4096);
+    const Server server(kTools + R"py(
+import resource
+
+def limit(environ, start_response):
+    return reply(start_response, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+)py",
+                        {"-w", "1"});
+    CHECK(get(server, "/limit").body == "300");
+}
+
 TEST_CASE("a soft limit of too few descriptors for a runner is raised") {
     const Limit descriptors(RLIMIT_NOFILE, 8, 4096);
     CHECK(get(Server(kTools, {"-w", "1"}), "/hello").body == "hello");
@@ -8971,6 +8983,15 @@ TEST_CASE("a signal sent as soon as there is a pid file is handled as at any oth
         CHECK(server.exit_code() == 0);
         CHECK_FALSE(exists(dir.path + "/pid"));
     }
+}
+
+TEST_CASE("a server that cannot write its pid file does not start") {
+    const TempDir dir;
+    const Limit files(RLIMIT_FSIZE, 0);  // they can be made, but nothing can be written to them
+    Server server(kHello, {"-p", dir.path + "/pid"}, {}, false);
+    CHECK(server.wait_end());
+    CHECK(server.exit_code() == 1);
+    CHECK(output_of("ls " + dir.path).empty());
 }
 
 TEST_CASE("who puts a FIFO in the place of the pid file holds up neither a start nor a stop") {
