@@ -8946,6 +8946,10 @@ TEST_CASE("a reload goes to what the name of its directory stands for by then") 
         for (const pid_t pid : before) { ::kill(pid, SIGKILL); }
         CHECK(wait_for([&] { return all_new(server, before, 2); }));
         CHECK(get(server, "/release").body == "two two");
+        point_at("nowhere");
+        server.signal(SIGHUP);
+        CHECK(server.log_has("cannot change to " + current));
+        CHECK(get(server, "/release").body == "two two");
         const string pidfile = dir.path + "/one/run.pid";
         CHECK(exists(pidfile));
         server.signal(SIGTERM);
