@@ -1176,10 +1176,13 @@ pid_t read_pidfile(const string& path) {
 }
 
 /// Refuses a pid file that names a live process (but not for --check-config: that the server runs
-/// is no fault of its settings) or that cannot be written.
+/// is no fault of its settings), that cannot be written, or whose place is taken, as /dev/null is.
 Error check_pidfile(const Config& config) {
     const string& path = config.pidfile;
     if (path.empty()) { return {}; }
+    struct stat info = {};
+    const bool taken = ::stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode);
+    if (taken) { return {1, path + " exists and is no regular file"}; }
     const pid_t pid = read_pidfile(path);
     const bool alive = pid > 0 && pid != ::getpid() && (::kill(pid, 0) == 0 || errno == EPERM);
     if (alive && !config.check_config) {
@@ -1204,7 +1207,8 @@ Error write_pidfile(const string& path) {
 
 /// Continues in a child without a terminal, in a session of its own, in the same directory.
 Error daemonize(Config& config) {
-    for (int i = 0; i < 2; ++i) {  // twice: only a session leader could acquire a terminal again
+    set_signals({SIGHUP}, SIG_IGN);  // the terminal may close before setsid(); see kSignals
+    for (int i = 0; i < 2; ++i) {    // twice: only a session leader could acquire a terminal again
         const pid_t pid = ::fork();
         if (pid < 0) { return os_error("cannot fork"); }
         if (pid > 0) { ::_exit(0); }
@@ -2010,7 +2014,7 @@ def main(name, paths, software, several, files, count, *fds):
             for fd in pipes: os.dup2(null.fileno(), fd, False)
     pipes = [raise_fd(fd) for fd in fds]
     stay, masks, names, threads = lambda *_: None, {}, [], []
-    ours = SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGTTIN  # perhaps sent to all; the worker ends us
+    ours = SIGTERM, SIGHUP, SIGUSR1, SIGUSR2  # perhaps sent to all processes; the worker ends us
     def block(): masks[_thread.get_ident()] = pthread_sigmask(SIG_BLOCK, ours)
     def unblock(): pthread_sigmask(SIG_SETMASK, masks.pop(_thread.get_ident()))
     def restore(): [signal(number, SIG_DFL) for number in ours if getsignal(number) is stay]
@@ -2182,10 +2186,13 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
     return {};
 }
 
-/// In a forked child: execs a program, with the default signal handling and the original limits.
-[[noreturn]] void exec_program(const Config& config, const Strings& words) {
+/// In a forked child: execs a program with the original limits and the default signal handling. But
+/// it ignores what would stop it in the background when it prints (stty tostop) or reads; and
+/// Python what may be sent to all processes, until kRunner handles that.
+[[noreturn]] void exec_program(const Config& config, const Strings& words, bool is_python = false) {
     for (int number = 1; number < NSIG; ++number) { set_signals({number}, SIG_DFL); }
-    set_signals({SIGTTOU}, SIG_IGN);  // else a background process cannot print (stty tostop)
+    set_signals({SIGTTOU, SIGTTIN}, SIG_IGN);
+    if (is_python) { set_signals({SIGTERM, SIGHUP, SIGUSR1, SIGUSR2}, SIG_IGN); }
     set_soft_limit(config.soft_limit);
     block_signals(false);
     std::vector<const char*> pointers;
@@ -2214,8 +2221,8 @@ Error make_slot(const Config& config, Slot& slot, std::vector<Fd>& ends) {
 #endif
     if (::getppid() != worker) { ::_exit(0); }  // the worker died before that prctl()
     const string label = "server: runner [" + config.proc_name + "]";
-    exec_program(config, is_python ? Strings{config.python, "-u", "-c", boot, label}
-                                   : Strings{"/bin/sh", "-c", "exec " + config.runner});
+    if (is_python) { exec_program(config, {config.python, "-u", "-c", boot, label}, true); }
+    exec_program(config, {"/bin/sh", "-c", "exec " + config.runner});
 }
 
 /// Starts a runner. It loads the application when it has read kRunner and its settings, which are
