@@ -1982,11 +1982,11 @@ def list_files(list_fd, told, names=()):
     except OSError: report()
 
 def report():
-    text = repr(sys.exc_info()[1]) + "\n"
-    try:
-        import traceback  # late, as it takes time; may fail, as it needs a descriptor
-        text = traceback.format_exc()
-    except Exception: pass
+    error, text = sys.exc_info()[1], ""
+    def trace(): import traceback; return traceback.format_exc()  # late, as the import takes time
+    for tell in lambda: repr(error) + "\n", trace:
+        try: text = tell()
+        except Exception: pass  # the application's __repr__(), or no descriptor for the import
     forgiving(os.write)(2, text.encode("utf-8", "backslashreplace"))
 
 def reopen(path):

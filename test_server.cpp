@@ -7042,6 +7042,25 @@ TEST_CASE("signals for the arbiter spare a runner that has not yet run a line of
     CHECK(get(server, "/hello").body == "hello");
 }
 
+TEST_CASE("an exception that cannot be shown is a 500 like any other") {
+    for (const char* threads : {"1", "2"}) {
+        CAPTURE(threads);
+        const Server server(kTools + R"py(
+class Detached:
+    def __repr__(self):
+        raise RuntimeError("no session")
+
+def fails(environ, start_response):
+    raise ValueError("cannot save", Detached())
+)py",
+                            {"-w", "1", "-t", "2", "--threads", threads});
+        const pid_t runner = server.runner();
+        for (int i = 0; i < 3; ++i) { CHECK(get(server, "/fails").status == 500); }
+        CHECK(server.log_has("ValueError: "));
+        CHECK(server.runner() == runner);
+    }
+}
+
 TEST_CASE("wsgi.multiprocess tells whether there are several workers") {
     for (const char* workers : {"1", "2"}) {
         const Server server(kTools + R"py(
