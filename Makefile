@@ -55,11 +55,11 @@ static: server.cpp
 
 PREFIX ?= /usr/local
 install: server
-	install -d $(DESTDIR)$(PREFIX)/bin
-	install -m 755 server $(DESTDIR)$(PREFIX)/bin/server
+	install -d "$(DESTDIR)$(PREFIX)/bin"
+	install -m 755 server "$(DESTDIR)$(PREFIX)/bin/server"
 
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/bin/server
+	rm -f "$(DESTDIR)$(PREFIX)/bin/server"
 
 FUZZ_TIME ?= 60
 fuzz-server: test_server.cpp server.cpp

@@ -267,6 +267,9 @@ string server_path() {
     return path;
 }
 
+/// The same, as a word of a shell command.
+string quoted_server() { return in_quotes(server_path()); }
+
 bool is_sanitized() { return contains(server_path(), "asan"); }
 
 /// The port of the n-th TCP listener, from the "Listening at" line of a log.
@@ -7460,7 +7463,7 @@ def asks(environ, start_response):
 TEST_CASE("a server in the background of such a terminal says what it does, and can be stopped") {
     const TempDir dir;
     write_file(dir.path + "/app.py", kHello);
-    const string server = server_path() + " --chdir " + dir.path + " -b unix:" + dir.path +
+    const string server = quoted_server() + " --chdir " + dir.path + " -b unix:" + dir.path +
                           "/socket --python /usr/bin/python3 app:app";
     write_file(dir.path + "/job",
                "stty tostop; set -m; cd " + dir.path + "; " + server + " &\n" + R"sh(try=0
@@ -9064,7 +9067,7 @@ TEST_CASE("a listener that comes as standard input is served, also in the backgr
     const Fd listening = listen_somewhere(port);
     const string pidfile = dir.path + "/pid", log = dir.path + "/log";
     write_file(dir.path + "/app.py", kHello);
-    CHECK(output_of(server_path() + " -D -w 1 -b fd://0 -p " + pidfile + " --chdir " + dir.path +
+    CHECK(output_of(quoted_server() + " -D -w 1 -b fd://0 -p " + pidfile + " --chdir " + dir.path +
                     " --error-logfile " + log + " --python /usr/bin/python3 app:app 2>&1 <&" +
                     to_string(listening.get())) == "");
     REQUIRE(wait_for([&] { return contains(read_file(log), "Booting worker"); }));
@@ -9100,7 +9103,7 @@ TEST_CASE("a daemon goes on in the background, and its pid file names it as long
     CHECK(wait_for([&] { return exists(errors); }));
     const string workers = "$(pgrep -d, -P " + to_string(pid) + ")";
     const string all = "for p in $(pgrep -P " + to_string(pid) + "," + workers + ") " +
-                       to_string(pid) + "; do ls -l /proc/$p/fd; done";
+                       to_string(pid) + "; do LC_ALL=C ls -l /proc/$p/fd; done";
     CHECK(wait_for([&] {  // no process holds the old one, nor will one that is to come
         const string files = output_of(all);
         return count(files, "total ") == 5 && !contains(files, errors + ".1");
@@ -9798,7 +9801,7 @@ TEST_CASE("a daemon outlives the terminal, even if that closes as soon as the co
     write_file(dir.path + "/app.py", kHello);
     const string pidfile = dir.path + "/pid", path = dir.path + "/socket";
     for (int i = 0; i < 3; ++i) {  // of three, one at least was lost
-        output_of("script -qec 'exec " + server_path() + " -D -p " + pidfile + " --chdir " +
+        output_of("script -qec 'exec \"" + server_path() + "\" -D -p " + pidfile + " --chdir " +
                   dir.path + " -b unix:" + path +
                   " --python /usr/bin/python3 app:app' /dev/null </dev/null");
         REQUIRE(wait_for([&] { return exists(pidfile); }));
@@ -9932,7 +9935,7 @@ TEST_CASE(
         "#!/bin/bash\nif [ -n \"$SERVER_UPGRADE\" ]; then\n"
         "while grep -q '^State:.[^Z]' /proc/$SERVER_UPGRADE/status 2>/dev/null; do :; done; fi\n"
         "exec -a \"$0\" " +
-            absolute(current_directory(), server_path()) + " \"$@\"\n");
+            quoted_server() + " \"$@\"\n");
     ::chmod(slow.c_str(), 0755);
     output_of(slow + " -D -w 1 --python /usr/bin/python3 -p " + pidfile + " -b unix:" + path +
               " --chdir " + dir.path + " --error-logfile " + dir.path + "/log app:app");
@@ -10165,19 +10168,18 @@ TEST_CASE("--check-config ends with its worker, by a signal, and where descripto
     const auto check = [](const string& app, const string& command) {
         const TempDir dir;
         write_file(dir.path + "/app.py", "import os, signal\n" + app);
-        const string server = absolute(output_of("pwd"), server_path());
-        return output_of("cd " + dir.path + "; SERVER=" + server + "; " + command +
+        return output_of("cd " + dir.path + "; SERVER=" + quoted_server() + "; " + command +
                          " --check-config --python /usr/bin/python3 app:app >out 2>&1 3</dev/null; "
                          "printf '%s ' $?; cat out");
     };
-    const string plain = "timeout 10 $SERVER";
+    const string plain = "timeout 10 \"$SERVER\"";
     CHECK(check("app = print", plain) == "0 ");
     CHECK(check("os.kill(os.getppid(), 9)\napp = print", plain).substr(0, 2) == "3 ");
     const string ended = check("os.kill(int(os.environ['MASTER']), 15)\nsignal.pause()",
-                               "sh -c 'MASTER=$$ exec \"$@\"' - $SERVER");
+                               "sh -c 'MASTER=$$ exec \"$@\"' - \"$SERVER\"");
     CHECK(ended.substr(0, 4) == "143 ");
     const string told =
-        check("app = print", "sh -c 'LISTEN_FDS=1 LISTEN_PID=$$ exec \"$@\"' - $SERVER");
+        check("app = print", "sh -c 'LISTEN_FDS=1 LISTEN_PID=$$ exec \"$@\"' - \"$SERVER\"");
     CHECK(told == "1 Error: descriptor 3 is no listening socket, or is named twice");
 }
 
@@ -10196,7 +10198,7 @@ TEST_CASE("a umask that takes away even the user's rights harms no worker") {
 }
 
 TEST_CASE("a small stack is enough, and a parent that ignores SIGCHLD hides no status") {
-    const string check = " timeout 20 " + server_path() + " --check-config --python ";
+    const string check = " timeout 20 " + quoted_server() + " --check-config --python ";
     const TempDir dir;
     write_file(dir.path + "/app.py", kHello);
     CHECK(output_of("cd " + dir.path + "; ulimit -s 256;" + check +
@@ -10227,7 +10229,7 @@ TEST_CASE("a server that cannot start leaves no pid file and no socket") {
     for (int files = 8; files < 13; ++files) {
         CAPTURE(files);
         write_file(dir.path + "/start", "ulimit -n " + to_string(files) + "; exec " +
-                                            server_path() + " -w 1 --python /nothing -p " +
+                                            quoted_server() + " -w 1 --python /nothing -p " +
                                             paths[0] + " -b unix:" + paths[1]);
         const string said = output_of("timeout 10 sh " + dir.path + "/start 2>&1");
         CHECK(said != "");
@@ -10242,7 +10244,7 @@ TEST_CASE("who cannot give the heartbeat file to --user says so at the start") {
     }
     const TempDir dir;
     const string said =
-        output_of("setpriv --bounding-set=-chown,-fowner timeout 10 " + server_path() +
+        output_of("setpriv --bounding-set=-chown,-fowner timeout 10 " + quoted_server() +
                   " -u nobody -b unix:" + dir.path + "/s --python /nothing 2>&1; echo status $?");
     CHECK_MESSAGE(contains(said, "cannot chown a file: Operation not permitted"), said);
     CHECK_MESSAGE(contains(said, "status 3"), said);
@@ -11191,8 +11193,9 @@ void check_recipe(const string& words, const string& command, bool is_init) {
     const string readme = read_file("README.md"), log = dir.path + "/log", path = dir.path + "/s";
     const size_t at = readme.find("\n", readme.find("```", readme.find("\n" + words + "\n"))) + 1;
     string text = readme.substr(at, readme.find("```", at) - at);
+    REQUIRE(::symlink(server_path().c_str(), (dir.path + "/server").c_str()) == 0);  // no blanks
     text = replaced(text, "/usr/bin/server --chdir /srv/hello",
-                    server_path() + " --chdir " + dir.path);
+                    dir.path + "/server --chdir " + dir.path);
     write_file(dir.path + "/recipe", replaced(text, "-b :8080 -u nobody", "-b unix:" + path));
     write_file(dir.path + "/hello.py", kHello);
     {
