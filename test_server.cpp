@@ -5964,7 +5964,7 @@ def numbered(environ, start_response):
     if int(number) % 10: time.sleep(0.01)
     return reply(start_response, number)
 )py",
-                        {"-w", "1"});
+                        {"-w", "1", "-t", "0"});
     Client running(server);
     running.send(get_bytes("/gate"));
     REQUIRE(wait_file(server, "at_gate"));
